@@ -1,0 +1,18 @@
+"""The Vision Transformer as mathematics: pure functions over a tree of arrays, in PyTorch."""
+
+__version__ = "0.1.0"
+
+from vitfn.config import ViTConfig as ViTConfig
+from vitfn.config import get_config as get_config
+from vitfn.npz import load_npz as load_npz
+from vitfn.npz import save_npz as save_npz
+from vitfn.optim import adamw as adamw
+from vitfn.optim import sgd as sgd
+from vitfn.optim import warmup_cosine as warmup_cosine
+from vitfn.optim import warmup_linear as warmup_linear
+from vitfn.step import TrainState as TrainState
+from vitfn.step import make_eval_step as make_eval_step
+from vitfn.step import make_train_step as make_train_step
+from vitfn.vit import apply as apply
+from vitfn.vit import init as init
+from vitfn.vit import shapes as shapes

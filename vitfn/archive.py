@@ -1,0 +1,112 @@
+"""Archives of arrays (.npz): read straight into memory that each tensor owns, written atomically."""
+
+import contextlib
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from vitfn.errors import InputError
+from vitfn.files import replacing
+
+_CHUNK = 1 << 20  # bytes; small enough to be checksummed and copied while in the cache
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+@contextlib.contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Whatever goes wrong with foreign bytes becomes one line that says where."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{what}: damaged, or not an array of numbers ({reason})") from None
+
+
+class Archive:
+    """An npz file open for reading: `shapes` by array name, the archive's `comment`, and arrays on demand.
+
+    Raises InputError for what is not such a file; object arrays, which could run code, are never opened.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except OSError as error:
+            raise InputError(f"{path}: expected an npz file of weights, found: {error.strerror or error}") from None
+        except Exception:  # zipfile has several for what is not a ZIP archive
+            raise InputError(f"{path}: expected an npz file of weights, found {_what_is(self.path)}") from None
+        self.comment = self._zip.comment
+        self._members = {
+            i.filename.removesuffix(".npy"): i for i in self._zip.infolist() if i.filename.endswith(".npy")
+        }
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, info in self._members.items():
+            with _blaming(f"{path}: {name}"), self._zip.open(info) as file:
+                self.shapes[name] = self._header(file, name)[0]
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._zip.close()
+
+    def _header(self, file, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+        shape, fortran_order, dtype = _HEADERS[npy.read_magic(file)](file)
+        if dtype.kind != "f":
+            kind = "Python objects" if dtype.hasobject else str(dtype)
+            raise InputError(f"{self.path}: {name}: found an array of {kind}, expected floating-point numbers")
+        return shape, fortran_order, dtype
+
+    def read(self, name: str) -> Tensor:
+        """One array as a float32 tensor on the CPU, its CRC checked on the way."""
+        info = self._members[name]
+        with _blaming(f"{self.path}: {name}"), self._zip.open(info) as file:
+            shape, fortran_order, dtype = self._header(file, name)
+            shape = shape[::-1] if fortran_order else shape
+            expected, found = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+            if expected != found:
+                raise InputError(f"{self.path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
+            leaf = torch.empty(shape)
+            array = leaf.numpy() if dtype == np.float32 else np.empty(shape, dtype)
+            memory = array.reshape(-1).view(np.uint8).data
+            for start in range(0, expected, _CHUNK):
+                chunk = file.read(min(_CHUNK, expected - start))
+                memory[start : start + len(chunk)] = chunk
+            file.read()  # at a member's end its CRC is compared
+            if dtype != np.float32:
+                leaf.numpy()[...] = array
+            return leaf.permute(*range(leaf.ndim)[::-1]).contiguous() if fortran_order else leaf
+
+
+def _what_is(path: str) -> str:
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-LFS pointer; fetch the file itself with 'git lfs pull'"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, as a failed download leaves it; download the file again"
+    size = f"{os.path.getsize(path):,} bytes"
+    return (
+        f"a ZIP archive cut off after {size}; copy it again"
+        if start.startswith(b"pk")
+        else f"{size} that are no ZIP archive"
+    )
+
+
+def write_archive(path: str | os.PathLike, arrays: Mapping[str, Tensor], comment: bytes = b"") -> None:
+    """The arrays as np.savez writes them, in float32, with the same bytes every time; whole or not at all."""
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = comment
+        for name, leaf in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                array = leaf.detach().to("cpu", torch.float32).contiguous().numpy()
+                npy.write_array(member, array, version=(1, 0), allow_pickle=False)

@@ -1,0 +1,72 @@
+"""torch.compile with a way back: a step that is tried in one compile form after another until one works."""
+
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfn import device
+from vitfn.errors import InputError
+
+# What is tried for each requested form, in order; 'off' is eager.
+FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("off",)}
+
+
+def compiled(function: Callable, backend: str) -> Callable:
+    """torch.compile(function) as one graph of static shapes, with a compile cache of its own."""
+    # Dynamo keeps its cache, and the limit of its recompilations, with the code object: every caller gets a copy.
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+
+
+class CompiledStep:
+    """A function of (carry, (images, labels)), built in the first compile form that works on the images' device.
+
+    `build(form, row)` makes the function for a form and a row of the table of devices. A form that fails at the first
+    call is reported, and the next one takes over: exact, as long as nothing is written before everything is compiled.
+    `form` is the form in use (None before the first call), `failures` what went wrong with those before it.
+    """
+
+    def __init__(self, build: Callable[[str, device.Device], Callable], compile: str):
+        if compile not in ("auto", *FORMS):
+            raise InputError(f"compile: found {compile!r}, expected one of auto, {', '.join(FORMS)}")
+        self.form: str | None = None
+        self.failures: dict[str, str] = {}
+        self._build, self._requested = build, compile
+        self._function: Callable | None = None
+
+    def __call__(self, carry: Any, batch: tuple[Tensor, Tensor]) -> Any:
+        if self._function is None:
+            return self._first_call(carry, batch)
+        return self._function(carry, batch)
+
+    def _first_call(self, carry: Any, batch: tuple[Tensor, Tensor]) -> Any:
+        row = device.DEVICES[batch[0].device.type]
+        *compiling, last = FORMS[row.compile if self._requested == "auto" else self._requested]
+        failures = {}
+        for form in compiling:
+            function = self._build(form, row)
+            try:
+                result = function(carry, batch)
+                break
+            except Exception as error:  # compilers fail in every way there is
+                failures[form] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        else:
+            form, function = last, self._build(last, row)
+            result = function(carry, batch)  # an error of the caller's shows here as itself
+        for failed, reason in failures.items():
+            logging.getLogger("vitfn").warning(
+                "COMPILING FAILED with compile=%s (%s). Going on with compile=%s: the same results, at another speed.",
+                failed, reason, form,
+            )  # fmt: skip
+        self.form, self.failures, self._function = form, failures, function
+        return result

@@ -1,0 +1,191 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from the official archive or its unpacked folder."""
+
+import io
+import logging
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vitfn.data.dataset import Dataset, Split
+from vitfn.data.download import download_file, md5
+from vitfn.errors import InputError
+
+
+class _Source(NamedTuple):
+    """Where a dataset comes from, with official sizes and MD5 sums; `files` are those of the unpacked folder."""
+
+    url: str
+    size: int
+    md5: str
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    labels: bytes
+    names: bytes
+    files: dict[str, str]
+
+
+_SOURCES = {
+    "cifar10": _Source(
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        size=170498071,
+        md5="c58f30108f718f92721af3b95e74349a",
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test=("test_batch",),
+        meta="batches.meta",
+        labels=b"labels",
+        names=b"label_names",
+        files={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+        },
+    ),
+    "cifar100": _Source(
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        size=169001437,
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+        folder="cifar-100-python",
+        train=("train",),
+        test=("test",),
+        meta="meta",
+        labels=b"fine_labels",
+        names=b"fine_label_names",
+        files={
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+        },
+    ),
+}
+
+
+def load(name: str, data_dir: str, download: bool = False) -> Dataset:
+    """Both splits from `<data_dir>/<archive>.tar.gz` or the unpacked folder beside it; `download` fetches the former.
+
+    Checksums that are not the official ones are a warning. Raises InputError where there is neither, and for files
+    that are torn or hold anything but what CIFAR's hold.
+    """
+    source = _SOURCES[name]
+    archive = Path(data_dir) / source.url.rsplit("/", 1)[1]
+    folder = Path(data_dir) / source.folder
+    if download and not archive.exists() and not folder.is_dir():
+        download_file(source.url, archive, source.size, source.md5)
+    if archive.exists():
+        _check(archive, source.md5)
+        contents = _read_archive(archive, source)
+        where = archive
+    elif folder.is_dir():
+        contents = _read_folder(folder, source)
+        where = folder
+    else:
+        raise InputError(
+            f"--dataset={name}: found neither {archive} nor {folder}; get {source.url} ({source.size:,} bytes, "
+            f"MD5 {source.md5}), or add --download"
+        )
+    names = _parse(where / source.meta, contents, lambda meta: tuple(n.decode() for n in meta[source.names]))
+
+    def split(members: tuple[str, ...]) -> Split:
+        parts = [
+            _parse(where / m, contents, lambda batch: _images_and_labels(batch, source, len(names))) for m in members
+        ]
+        return Split(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
+
+    return Dataset(split(source.train), split(source.test), names)
+
+
+def _check(path: Path, official: str) -> None:
+    if (found := md5(path)) != official:
+        logging.getLogger("vitfn").warning("%s: MD5 %s is not the official %s", path, found, official)
+
+
+def _read_archive(archive: Path, source: _Source) -> dict[str, bytes]:
+    """The members by file name; nothing is unpacked onto the disk."""
+    contents = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                name = member.name.rsplit("/", 1)[-1]
+                if name in source.files and (file := tar.extractfile(member)):
+                    contents[name] = file.read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise InputError(
+            f"{archive}: found a damaged archive ({error}), expected {source.size:,} bytes; fetch it again"
+        ) from None
+    return contents
+
+
+def _read_folder(folder: Path, source: _Source) -> dict[str, bytes]:
+    contents = {}
+    for name, official in source.files.items():
+        if (folder / name).is_file():
+            _check(folder / name, official)
+            contents[name] = (folder / name).read_bytes()
+    return contents
+
+
+def _parse(path: Path, contents: dict[str, bytes], read: Callable[[Any], Any]) -> Any:
+    if path.name not in contents:
+        raise InputError(f"{path}: missing")
+    try:
+        return read(_Unpickler(io.BytesIO(contents[path.name]), encoding="bytes").load())
+    except Exception as error:  # a foreign pickle fails in any way it likes
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: found a pickle that is not CIFAR's ({reason}); fetch it again") from None
+
+
+def _images_and_labels(batch: Any, source: _Source, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.tensor(batch[source.labels], dtype=torch.int64)
+    images = torch.from_numpy(batch[b"data"].array.reshape(len(labels), 3, 32, 32))
+    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}, expected 0 to {num_classes - 1}")
+    return images, labels
+
+
+class _Array:
+    """What CIFAR's pickles call a numpy array: bytes and a shape, and nothing that could run."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran_order, data = state
+        if dtype.code != b"u1":
+            raise ValueError(f"array of {dtype.code!r}, expected bytes")
+        self.array = np.frombuffer(bytearray(data), np.uint8).reshape(shape, order="F" if fortran_order else "C")
+
+
+class _Dtype:
+    def __init__(self, code: bytes, *_: Any):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        pass
+
+
+_KNOWN = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds numbers, strings, lists, dicts and the two classes above; every other name is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"refusing {module}.{name}")
+        return _KNOWN[module, name]

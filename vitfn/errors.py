@@ -1,0 +1,8 @@
+"""The one exception that means: the input is at fault, not the program."""
+
+
+class InputError(ValueError):
+    """A flag, file or argument is wrong. The message is one line: what it is, what was found, what was expected.
+
+    Commands print it to stderr and exit with code 2; a library caller sees an ordinary ValueError.
+    """

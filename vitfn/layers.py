@@ -1,0 +1,133 @@
+"""The layers as pure functions of (parameters, input): shapes and formula side by side.
+
+B batch, N tokens, D hidden size, H heads, d = D / H, M the MLP's width. Kernels are (in, out).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfn import rng
+from vitfn.config import ViTConfig
+from vitfn.tree import Tree
+
+
+def dense_shapes(inputs: int, outputs: int) -> Tree:
+    return {"kernel": (inputs, outputs), "bias": (outputs,)}
+
+
+def affine(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """x W + b: (..., I) -> (..., O). One product, whose gradient for W has W's own memory layout."""
+    return torch.addmm(bias, x.flatten(0, -2), kernel).unflatten(0, x.shape[:-1])
+
+
+def dense(params: Tree, x: Tensor) -> Tensor:
+    """A dense layer: (..., I) -> (..., O)."""
+    return affine(x, params["kernel"], params["bias"])
+
+
+def layer_norm_shapes(config: ViTConfig) -> Tree:
+    return {"scale": (config.hidden_size,), "bias": (config.hidden_size,)}
+
+
+def layer_norm(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
+    """Layer normalisation over features (Ba et al., arXiv 1607.06450): (..., D) -> (..., D)."""
+    return F.layer_norm(x, x.shape[-1:], params["scale"], params["bias"], config.layer_norm_eps)
+
+
+def dropout(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
+    """Inverted dropout (Srivastava et al., JMLR 2014): (B, ...) -> (B, ...).
+
+    The mask hashes the samples' keys (B,) and the element's place in `x`; without keys nothing is dropped.
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = rng.bits(keys, *x.shape[1:]) >= int(rate * 2**32)
+    return torch.where(keep, x / (1 - rate), 0)
+
+
+def attention_shapes(config: ViTConfig) -> Tree:
+    D, H = config.hidden_size, config.num_heads
+    project = {"kernel": (D, H, D // H), "bias": (H, D // H)}
+    return {
+        "query": project,
+        "key": project,
+        "value": project,
+        "out": {"kernel": (H, D // H, D), "bias": (D,)},
+    }
+
+
+def attention(
+    params: Tree,
+    x: Tensor,
+    config: ViTConfig,
+    key: Tensor | None = None,
+    taps: Tree | None = None,
+    fused: bool = False,
+) -> Tensor:
+    """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V (appendix A of arXiv 2010.11929): (B, N, D) -> (B, N, D).
+
+    The key's bias is never added: it moves all scores of a query by the same amount, which softmax takes away again.
+    """
+
+    def heads(y: Tensor) -> Tensor:  # (B, N, H d) -> (B, H, N, d)
+        return y.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+
+    query, value, out = params["query"], params["value"], params["out"]
+    q = heads(affine(x, query["kernel"].flatten(1), query["bias"].flatten()))
+    k = heads(x @ params["key"]["kernel"].flatten(1))
+    v = heads(affine(x, value["kernel"].flatten(1), value["bias"].flatten()))
+    if fused and taps is None and (key is None or config.attention_dropout_rate == 0):
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, d)
+    else:
+        weights = (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(-1)  # (B, H, N, N)
+        if taps is not None:
+            taps["weights"] = weights
+        y = dropout(weights, config.attention_dropout_rate, key).to(v.dtype) @ v
+    return affine(y.transpose(1, 2).flatten(2), out["kernel"].flatten(0, 1), out["bias"])  # (B, N, D)
+
+
+def mlp_shapes(config: ViTConfig) -> Tree:
+    D, M = config.hidden_size, config.mlp_dim
+    return {"Dense_0": dense_shapes(D, M), "Dense_1": dense_shapes(M, D)}
+
+
+def mlp(params: Tree, x: Tensor, config: ViTConfig, key: Tensor | None = None, taps: Tree | None = None) -> Tensor:
+    """Two dense layers around a GELU (Hendrycks and Gimpel, arXiv 1606.08415): (B, N, D) -> (B, N, D)."""
+    x = F.gelu(dense(params["Dense_0"], x), approximate="tanh" if config.gelu == "tanh" else "none")  # (B, N, M)
+    if taps is not None:
+        taps["activations"] = x
+    return dense(params["Dense_1"], dropout(x, config.dropout_rate, key))
+
+
+def block_shapes(config: ViTConfig) -> Tree:
+    return {
+        "LayerNorm_0": layer_norm_shapes(config),
+        "MultiHeadDotProductAttention_1": attention_shapes(config),
+        "LayerNorm_2": layer_norm_shapes(config),
+        "MlpBlock_3": mlp_shapes(config),
+    }
+
+
+def block(
+    params: Tree,
+    x: Tensor,
+    config: ViTConfig,
+    keys: Tensor | None = None,
+    taps: Tree | None = None,
+    fused: bool = False,
+) -> Tensor:
+    """The pre-norm encoder block, equations 2 and 3 of arXiv 2010.11929: (B, N, D) -> (B, N, D).
+
+    `keys` (4, B) draw the dropout masks of the attention weights, the attention's output, the MLP's activations and
+    the MLP's output. A dict given as `taps` receives the attention weights (B, H, N, N) and the activations
+    (B, N, M). `fused` takes torch's fused attention, which is faster and has first-order reverse-mode gradients only.
+    """
+    k0, k1, k2, k3 = (None,) * 4 if keys is None else keys
+    y = layer_norm(params["LayerNorm_0"], x, config)
+    y = attention(params["MultiHeadDotProductAttention_1"], y, config, k0, taps, fused)
+    x = x + dropout(y, config.dropout_rate, k1)
+    y = layer_norm(params["LayerNorm_2"], x, config)
+    return x + dropout(mlp(params["MlpBlock_3"], y, config, k2, taps), config.dropout_rate, k3)

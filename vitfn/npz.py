@@ -1,0 +1,200 @@
+"""Google's npz files in and out: the original (2020) names and flax.linen's, read into one canonical tree."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfn import tree
+from vitfn.archive import Archive, write_archive
+from vitfn.config import ViTConfig, get_config, model_names
+from vitfn.errors import InputError
+from vitfn.files import replacing
+from vitfn.tree import Tree
+from vitfn.vit import shapes
+
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
+_LARGEST_COMMENT = 65535  # bytes, in a ZIP archive
+_ASSUMED = "a square image, tanh GELU, LayerNorm epsilon 1e-6 and pixels in [-1, 1]"
+
+# flax.linen numbers a block's layers by class, the 2020 files across classes.
+_LINEN_TO_ORIGINAL = {
+    "LayerNorm_1": "LayerNorm_2",
+    "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+    "MlpBlock_0": "MlpBlock_3",
+}
+_NAMES_IN: dict[str, dict[str, str]] = {
+    "original": {},
+    "linen": {original: linen for linen, original in _LINEN_TO_ORIGINAL.items()},
+}
+
+
+def _rename(path: str, names: Mapping[str, str]) -> str:
+    return "/".join(names.get(part, part) for part in path.split("/"))
+
+
+class Description(NamedTuple):
+    """A file's model: its config, its class names if it states them, and whether it states its config at all."""
+
+    config: ViTConfig
+    class_names: tuple[str, ...] | None
+    stated: bool
+
+
+def describe(path: str | os.PathLike) -> Description:
+    """The model in a file, as the file states it, else inferred from the shapes of its arrays."""
+    with Archive(path) as archive:
+        return _describe(archive)
+
+
+def _describe(archive: Archive) -> Description:
+    try:
+        stated = json.loads(archive.comment)["vitfn"]
+    except (ValueError, KeyError, TypeError):  # no comment, or somebody else's
+        return Description(_infer(archive), None, stated=False)
+    source = archive.path
+    try:
+        if "file" in stated:
+            source = str(Path(archive.path).with_name(stated["file"]))
+            stated = json.loads(Path(source).read_bytes())["vitfn"]
+        return Description(
+            ViTConfig(**stated["config"]), stated["class_names"] and tuple(stated["class_names"]), stated=True
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{source}: found no description of a model that this version can read ({error})") from None
+
+
+def _canonical(archive: Archive) -> dict[str, str]:
+    """The archive's own name of each canonical path."""
+    return {_rename(name, _LINEN_TO_ORIGINAL): name for name in archive.shapes}
+
+
+def _infer(archive: Archive) -> ViTConfig:
+    found = {path: archive.shapes[name] for path, name in _canonical(archive).items()}
+    block = "Transformer/encoderblock_0"
+    try:
+        patch_size, _, channels, hidden_size = found["embedding/kernel"]
+        classifier = "token" if "cls" in found else "gap"
+        patches = found[_POSITIONS][1] - (classifier == "token")
+        sizes: dict[str, Any] = {
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "num_layers": len({path.split("/")[1] for path in found if path.startswith("Transformer/encoderblock_")}),
+            "num_heads": found[f"{block}/MultiHeadDotProductAttention_1/query/kernel"][1],
+            "mlp_dim": found[f"{block}/MlpBlock_3/Dense_0/kernel"][1],
+            "classifier": classifier,
+        }
+    except (KeyError, IndexError, ValueError):
+        names = ", ".join(sorted(found)[:3])
+        raise InputError(
+            f"{archive.path}: found arrays ({names}, ...) that are not a plain Vision Transformer's"
+        ) from None
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise InputError(f"{archive.path}: found {patches} patch positions, expected a square number of them")
+    for name in model_names():
+        published = get_config(name)
+        if all(getattr(published, field) == value for field, value in sizes.items()):
+            sizes |= {"name": name, "dropout_rate": published.dropout_rate}
+    return ViTConfig(
+        **sizes,
+        image_size=side * patch_size,
+        channels=channels,
+        num_classes=found.get("head/bias", (1000,))[0],
+        representation_size=found.get("pre_logits/bias", (None,))[0],
+    )
+
+
+def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
+    """The parameter tree of a file, float32 on the CPU, for `config` (without one: the file's own).
+
+    A head of another class count, or none, becomes a head of zeros; a pre_logits layer that `config` lacks is dropped;
+    position embeddings are resized to the config's grid; the log says each. Raises InputError for what is not an npz
+    file of weights, and for missing, extra or misshapen arrays, with their names and shapes.
+    """
+    log = logging.getLogger("vitfn")
+    with Archive(path) as archive:
+        if config is None:
+            config, _, stated = _describe(archive)
+            if not stated:
+                log.warning("%s: does not state its config; assumed %s", path, _ASSUMED)
+        names, expected = _canonical(archive), shapes(config)
+        found = {name: archive.shapes[names[name]] for name in names}
+        adapted: dict[str, Tensor] = {}
+        if found.get("pre_logits/kernel") and not config.representation_size:
+            log.warning("%s: pre_logits %s dropped: the model has none", path, found.pop("pre_logits/kernel"))
+            found.pop("pre_logits/bias", None)
+        if any(found.get(name) != expected[name] for name in ("head/kernel", "head/bias")):
+            shape = found.pop("head/kernel", "none")
+            log.warning("%s: head %s replaced by zeros %s", path, shape, expected["head/kernel"])
+            found.pop("head/bias", None)
+            adapted |= {name: torch.zeros(expected[name]) for name in ("head/kernel", "head/bias")}
+        positions = found.get(_POSITIONS, ())
+        if len(positions) == 3 and positions != expected[_POSITIONS] and positions[::2] == expected[_POSITIONS][::2]:
+            old, new = _describe(archive).config.grid, config.grid
+            log.warning("%s: position embeddings resized from %dx%d to %dx%d patches", path, *old, *new)
+            adapted[_POSITIONS] = resize_positions(archive.read(names[_POSITIONS]), old, new)
+            del found[_POSITIONS]
+        _compare(found, {name: shape for name, shape in expected.items() if name not in adapted}, path)
+        with ThreadPoolExecutor(4) as pool:  # reading and checksumming leave the interpreter lock
+            leaves = pool.map(lambda name: adapted[name] if name in adapted else archive.read(names[name]), expected)
+            return tree.unflatten(dict(zip(expected, leaves, strict=True)))
+
+
+def _compare(found: Mapping[str, tuple], expected: Mapping[str, tuple], what: object) -> None:
+    """An InputError that lists every difference between two sets of named shapes."""
+    differences = [f"missing {name} {expected[name]}" for name in expected if name not in found]
+    differences += [f"extra {name} {found[name]}" for name in found if name not in expected]
+    for name in expected:
+        if name in found and found[name] != expected[name]:
+            differences.append(f"{name} has shape {found[name]}, expected {expected[name]}")
+    if differences:
+        raise InputError(f"{what}: not the arrays of this model: " + "; ".join(differences))
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, N, D) of a grid (rows, columns) for another; a class token's entry stays as it is.
+
+    Corner-aligned bilinear in float64: scipy.ndimage.zoom(order=1), which Google's checkpoint.py calls.
+    """
+    extra = positions.shape[1] - math.prod(old)  # 1 with a class token, else 0
+    grid = positions[0, extra:].T.reshape(1, -1, *old).double()  # (1, D, rows, columns)
+    grid = F.interpolate(grid, new, mode="bilinear", align_corners=True)
+    return torch.cat([positions[:, :extra], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+def save_npz(
+    path: str | os.PathLike,
+    params: Tree,
+    config: ViTConfig | None = None,
+    class_names: Sequence[str] | None = None,
+    layout: str = "original",
+) -> None:
+    """The tree as an npz file that Google's, timm's and the seed's code read; whole or not at all.
+
+    With `config`, the file describes itself: config and class names as JSON in the ZIP comment or, where they exceed
+    64 KB, in a .json file beside it. `layout` is 'original' (2020 names) or 'linen'.
+    """
+    if layout not in _NAMES_IN:
+        raise InputError(f"layout: found {layout!r}, expected one of {', '.join(_NAMES_IN)}")
+    flat = tree.flatten(params)
+    comment = b""
+    if config:
+        _compare({name: tuple(leaf.shape) for name, leaf in flat.items()}, shapes(config), path)
+        description = {"config": dataclasses.asdict(config), "class_names": class_names and list(class_names)}
+        comment = json.dumps({"vitfn": description}).encode()
+        if len(comment) > _LARGEST_COMMENT:
+            sidecar = Path(path).with_suffix(".json")
+            with replacing(sidecar) as file:
+                file.write(comment)
+            comment = json.dumps({"vitfn": {"file": sidecar.name}}).encode()
+    write_archive(path, {_rename(name, _NAMES_IN[layout]): leaf for name, leaf in flat.items()}, comment)

@@ -1,0 +1,165 @@
+"""Trains a Vision Transformer on images: python -m vitfn.train --flagfile=flags/quickstart.flags"""
+
+import dataclasses
+import logging
+import platform
+import shlex
+import sys
+from typing import Any
+
+import torch
+from absl.flags import FlagValues
+
+from vitfn import __version__, device, flags, npz, optim, tree, vit
+from vitfn.config import ViTConfig, get_config
+from vitfn.data import Dataset, load
+from vitfn.data.augment import augment
+from vitfn.data.batches import batch_indices
+from vitfn.errors import InputError
+from vitfn.evaluate import evaluate
+from vitfn.run import Outcome, RunDirectory, fit
+from vitfn.step import Batch, TrainState, make_eval_step, make_train_step
+from vitfn.tree import Tree
+
+log = logging.getLogger("vitfn")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    return flags.run_command(train, argv, flags.train_flags, flags.data_flags, flags.model_flags, flags.device_flags)
+
+
+def train(fv: FlagValues) -> None:
+    """The command: everything that can be wrong with the input shows before the run directory is made."""
+    _check(fv)
+    row = device.find(fv.device)
+    directory = RunDirectory(fv.output_dir, fv.name)
+    dataset = load(fv.dataset, fv.data_dir, fv.download)
+    if fv.train_batch_size > len(dataset.train.labels):
+        raise InputError(
+            f"--train_batch_size: found {fv.train_batch_size}, expected at most {len(dataset.train.labels)}, "
+            f"the training images of {fv.dataset}"
+        )
+    config = _config(fv, dataset)
+    params = tree.to(_starting_params(fv, config), row.name)
+    precision = row.precision if fv.precision == "auto" else fv.precision
+    optimizer = _optimizer(fv)
+    train_step = make_train_step(
+        config, optimizer, max_grad_norm=fv.max_grad_norm, precision=precision, compile=fv.compile, seed=fv.seed
+    )
+    eval_step = make_eval_step(config, precision=precision, compile=fv.compile)
+    training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
+
+    def batch(step: int) -> Batch:
+        index = batch_indices(len(training.labels), fv.train_batch_size, fv.seed, step).to(row.name)
+        images = augment(training.images[index], config, seed=fv.seed, step=step, crop_min=fv.crop_min, flip=fv.flip)
+        return images, training.labels[index]
+
+    def describe_run() -> None:
+        compiled = {"requested": fv.compile, "form": train_step.form, "failures": train_step.failures}
+        directory.write_config(
+            fv.flag_values_dict()
+            | {
+                "command": shlex.join(sys.argv),
+                "model": dataclasses.asdict(config) | {"parameters": tree.size(params)},
+                "resolved": {"device": row.name, "precision": precision, "compile": compiled},
+                "versions": {"vitfn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            }
+        )
+
+    with directory:
+        describe_run()
+        outcome = fit(
+            directory,
+            TrainState(0, params, optimizer.init(params)),
+            train_step,
+            batch,
+            lambda params: evaluate(eval_step, params, testing, config, fv.eval_batch_size),
+            num_steps=fv.num_steps,
+            eval_every=fv.eval_every,
+            after_first_step=describe_run,
+        )
+        if fv.num_steps:
+            npz.save_npz(directory.model_path, outcome.params, config, dataset.class_names)
+    _print_summary(
+        fv, config, dataset, directory, outcome, f"{row.name}, {precision}, compile={train_step.form or eval_step.form}"
+    )
+
+
+def _check(fv: FlagValues) -> None:
+    if not fv.name:
+        raise InputError("--name: missing; expected a name for the run")
+    if fv.fp16:
+        if fv.precision not in ("auto", "float16"):
+            raise InputError(f"--fp16 and --precision={fv.precision} contradict each other; expected one of them")
+        fv.precision = "float16"
+    for name, accepted in (("gradient_accumulation_steps", (1,)), ("loss_scale", (0,)), ("local_rank", (-1, 0))):
+        if (value := fv[name].value) not in accepted:
+            raise InputError(
+                f"--{name}: found {value}, which is not built yet; expected {' or '.join(map(str, accepted))}"
+            )
+    if 0 < fv.num_steps < fv.warmup_steps:
+        log.warning(
+            "--warmup_steps=%d exceeds --num_steps=%d: the learning rate never reaches its peak",
+            fv.warmup_steps,
+            fv.num_steps,
+        )
+
+
+def _config(fv: FlagValues, dataset: Dataset) -> ViTConfig:
+    """The model by the flags; what flags leave open is the file's, or else Google's."""
+    overrides = {
+        "image_size": fv.img_size,
+        "num_classes": len(dataset.class_names),
+        "channels": dataset.train.images.shape[1],
+    }
+    if fv.pretrained_dir:
+        described = npz.describe(fv.pretrained_dir).config
+        overrides |= {name: getattr(described, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
+    overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
+    return get_config(fv.model_type, **overrides)
+
+
+def _starting_params(fv: FlagValues, config: ViTConfig) -> Tree:
+    if not fv.pretrained_dir:
+        return vit.init(config, fv.seed)
+    params = npz.load_npz(fv.pretrained_dir, config)
+    if fv.head == "zero" and fv.num_steps:
+        params["head"] = tree.map(torch.zeros_like, params["head"])
+    return params
+
+
+def _optimizer(fv: FlagValues) -> optim.Optimizer:
+    decay = optim.warmup_cosine if fv.decay_type == "cosine" else optim.warmup_linear
+    make = optim.sgd if fv.optimizer == "sgd" else optim.adamw
+    return make(decay(fv.learning_rate, fv.num_steps, fv.warmup_steps), weight_decay=fv.weight_decay)
+
+
+def _print_summary(
+    fv: FlagValues, config: ViTConfig, dataset: Dataset, directory: RunDirectory, outcome: Outcome, how: str
+) -> None:
+    metrics = outcome.metrics
+    start = fv.pretrained_dir or "random weights"
+    rows = {
+        "model": f"{config.name}, {tree.size(outcome.params):,} parameters, from {start}",
+        "data": f"{fv.dataset}, {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images",
+        "device": how,
+    }
+    if fv.num_steps:
+        others = (fv.num_steps - 1) * fv.train_batch_size / outcome.other_seconds if fv.num_steps > 1 else 0
+        rows["steps"] = (
+            f"{fv.num_steps:,} of {fv.train_batch_size} images; the first took {outcome.first_seconds:.1f} s, "
+            f"the others {outcome.other_seconds:.1f} s ({others:.1f} images/s)"
+        )
+        rows["train loss"] = f"{metrics['train/loss']:.4f}"
+    rows["test loss"] = f"{metrics['eval/loss']:.4f}"
+    rows["test accuracy"] = (
+        f"{metrics['eval/accuracy']:.2%} ({metrics['eval/correct']:.0f} of {metrics['eval/count']:.0f})"
+    )
+    rows["files"] = str(directory.path)
+    for name, value in rows.items():
+        print(f"{name:<14} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

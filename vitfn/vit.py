@@ -1,0 +1,152 @@
+"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): images to logits, as functions of a parameter tree.
+
+B batch, C channels, P patch size, N tokens, D hidden size, R width of pre_logits, K classes.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from vitfn import layers, rng, tree
+from vitfn.config import ViTConfig
+from vitfn.tree import Tree
+
+
+def shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its path, in the order of Google's files; nothing is allocated."""
+    P, D, R, K = config.patch_size, config.hidden_size, config.representation_size, config.num_classes
+    nested: Tree = {"cls": (1, 1, D)} if config.classifier == "token" else {}
+    nested["embedding"] = {"kernel": (P, P, config.channels, D), "bias": (D,)}
+    nested["Transformer"] = {
+        "posembed_input": {"pos_embedding": (1, config.num_tokens, D)},
+        **{f"encoderblock_{i}": layers.block_shapes(config) for i in range(config.num_layers)},
+        "encoder_norm": layers.layer_norm_shapes(config),
+    }
+    if R:
+        nested["pre_logits"] = layers.dense_shapes(D, R)
+    nested["head"] = layers.dense_shapes(R or D, K)
+    return tree.flatten(nested)
+
+
+def _xavier_uniform(leaf: Tensor, generator: torch.Generator, inputs: int) -> Tensor:
+    """Glorot and Bengio, 2010: U(-a, a), a = sqrt(6 / (inputs + outputs)) of the kernel seen as a matrix."""
+    limit = math.sqrt(6 / (inputs + leaf.numel() // inputs))
+    return leaf.uniform_(-limit, limit, generator=generator)
+
+
+def _lecun_normal(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """LeCun et al., 1998, as JAX has it: a normal cut at two standard deviations, rescaled to variance 1 / inputs."""
+    std = math.sqrt(leaf.shape[-1] / leaf.numel()) / 0.87962566103423978
+    return torch.nn.init.trunc_normal_(leaf, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+
+# Google's initialisers by path: the first pattern that matches the whole path decides.
+_INITIALISERS: list[tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = [
+    (r".*/(query|key|value)/kernel", lambda x, g: _xavier_uniform(x, g, x.shape[0])),
+    (r".*/out/kernel", lambda x, g: _xavier_uniform(x, g, x.shape[0] * x.shape[1])),
+    (r".*/Dense_\d/kernel", lambda x, g: _xavier_uniform(x, g, x.shape[0])),
+    (r".*/Dense_\d/bias", lambda x, g: x.normal_(0, 1e-6, generator=g)),
+    (r".*/pos_embedding", lambda x, g: x.normal_(0, 0.02, generator=g)),
+    (r"embedding/kernel|pre_logits/kernel", _lecun_normal),
+    (r".*/scale", lambda x, g: x.fill_(1)),
+    (r".*", lambda x, g: x.zero_()),  # biases, the class token, the head
+]
+
+
+def init(config: ViTConfig, seed: int = 0) -> Tree:
+    """Fresh float32 parameters on the CPU; each leaf is a function of (seed, path, shape) alone."""
+
+    def leaf(path: str, shape: tuple[int, ...]) -> Tensor:
+        initialise = next(function for pattern, function in _INITIALISERS if re.fullmatch(pattern, path))
+        generator = torch.Generator().manual_seed(rng.fold_in(rng.stream(seed, "init"), zlib.crc32(path.encode())))
+        return initialise(torch.empty(shape), generator)
+
+    return tree.unflatten({path: leaf(path, shape) for path, shape in shapes(config).items()})
+
+
+def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
+    """Equation 1: patch embedding, class token first, plus position embedding: (B, C, H, W) -> (B, N, D)."""
+    P = config.patch_size
+    patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=P)  # (B, N, P P C)
+    kernel = params["embedding"]["kernel"].flatten(0, 2)  # (P P C, D)
+    x = layers.dense({"kernel": kernel, "bias": params["embedding"]["bias"]}, patches)  # (B, N, D)
+    if config.classifier == "token":
+        x = torch.cat([params["cls"].to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    return x + params["Transformer"]["posembed_input"]["pos_embedding"]
+
+
+def head(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
+    """Encoded tokens to logits, equation 4 and the optional tanh layer of section 3.1: (B, N, D) -> (B, K)."""
+    x = x[:, 0] if config.classifier == "token" else x.mean(dim=1)  # (B, D)
+    if config.representation_size:
+        x = layers.dense(params["pre_logits"], x).tanh()  # (B, R)
+    return layers.dense(params["head"], x)
+
+
+def dropout_keys(config: ViTConfig, seed: int, step: int | Tensor, sample: Tensor) -> Tensor:
+    """The dropout keys of each layer, of four places in it, for each sample (B,): (layers + 1, 4, B) int64.
+
+    Row 0 is for the embedded tokens (one place), row i + 1 for encoder block i.
+    """
+    keys = rng.fold_in(rng.fold_in(rng.stream(seed, "dropout"), step), sample)  # (B,)
+    places = torch.arange(4 * (config.num_layers + 1), device=sample.device)
+    return rng.fold_in(keys, places[:, None]).reshape(-1, 4, len(sample))
+
+
+def forward(
+    params: Tree,
+    images: Tensor,
+    config: ViTConfig,
+    keys: Tensor | None = None,
+    captured: Tree | None = None,
+    block: Callable[..., Tensor] = layers.block,
+) -> Tensor:
+    """`apply` with the dropout keys made and the intermediates to be kept in a given dict; `block` may be compiled."""
+    x = embed(params, images, config)
+    if captured is not None:
+        captured["embedded"] = x
+    x = layers.dropout(x, config.dropout_rate, None if keys is None else keys[0, 0])
+    for i in range(config.num_layers):
+        name = f"encoderblock_{i}"
+        taps = None if captured is None else captured.setdefault(name, {})
+        x = block(params["Transformer"][name], x, config, None if keys is None else keys[i + 1], taps)
+        if taps is not None:
+            taps["tokens"] = x
+    x = layers.layer_norm(params["Transformer"]["encoder_norm"], x, config)
+    if captured is not None:
+        captured["encoded"] = x
+    return head(params, x, config)
+
+
+def apply(
+    params: Tree,
+    images: Tensor,
+    config: ViTConfig,
+    *,
+    seed: int | None = None,
+    step: int | Tensor | None = None,
+    sample: Tensor | None = None,
+    capture: str | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Logits (B, K) of normalised images (B, C, H, W); a pure function, on which every torch.func transform works.
+
+    Dropout is active where `seed` and `step` are given: the masks are a function of them and of `sample` (B,) int64,
+    each image's place in the global batch (0 to B - 1 by default). With `capture`, a regular expression over whole
+    names, the result is (logits, {name: tensor}); the names are `embedded`, for each block `encoderblock_0/weights`
+    (B, H, N, N), `encoderblock_0/activations` (B, N, M) and `encoderblock_0/tokens` (B, N, D), and `encoded`.
+    """
+    keys = None
+    if seed is not None and step is not None:
+        keys = dropout_keys(
+            config, seed, step, torch.arange(len(images), device=images.device) if sample is None else sample
+        )
+    if capture is None:
+        return forward(params, images, config, keys)
+    captured: Tree = {}
+    logits = forward(params, images, config, keys, captured)
+    return logits, tree.select(captured, capture)

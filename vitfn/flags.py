@@ -101,7 +101,7 @@ def device_flags(fv: flags.FlagValues) -> None:
         "compile",
         "auto",
         ["auto", *FORMS],
-        "What torch.compile compiles: the step as one graph, one encoder block that all layers share, or nothing; auto: "
+        "What is compiled: the step as one graph, one encoder block that all layers share, or nothing; auto: "
         + ", ".join(f"{row.compile} on {row.name}" for row in DEVICES.values())
         + ".",
         flag_values=fv,

@@ -108,7 +108,7 @@ def _check(fv: FlagValues) -> None:
 
 def _config(fv: FlagValues, dataset: Dataset) -> ViTConfig:
     """The model by the flags; what flags leave open is the file's, or else Google's."""
-    overrides = {
+    overrides: dict[str, Any] = {
         "image_size": fv.img_size,
         "num_classes": len(dataset.class_names),
         "channels": dataset.train.images.shape[1],

@@ -22,7 +22,7 @@ def normalise(images: Tensor, config: ViTConfig) -> Tensor:
 
 
 def _interpolation(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor | None = None) -> Tensor:
-    """Weights (B, out, size) of bilinear sampling at `out` places of `length` pixels from `start`, half-pixel centres."""
+    """Weights (B, out, size) of bilinear samples at `out` places in `length` pixels from `start`, half-pixel centres."""
     place = torch.arange(out, device=start.device).expand(len(start), out)
     if flip is not None:
         place = torch.where(flip[:, None], out - 1 - place, place)

@@ -2,6 +2,7 @@
 
 import logging
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -56,10 +57,13 @@ class CompiledStep:
         for form in compiling:
             function = self._build(form, row)
             try:
-                result = function(carry, batch)
+                with warnings.catch_warnings():
+                    # Dynamo looks at the .grad of a block's input, and torch warns of that
+                    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+                    result = function(carry, batch)
                 break
             except Exception as error:  # compilers fail in every way there is
-                failures[form] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+                failures[form] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         else:
             form, function = last, self._build(last, row)
             result = function(carry, batch)  # an error of the caller's shows here as itself

@@ -93,7 +93,7 @@ def fit(
             loss=f"{latest['train/loss']:.4f}", rate=f"{latest['train/learning_rate']:.2e}", images=f"{rate:.1f}/s"
         )
 
-    with logging_redirect_tqdm([log]), tqdm(total=num_steps, unit="step", desc="compiling") as bar:
+    with logging_redirect_tqdm([log]), tqdm(total=num_steps, unit="step", desc="first step") as bar:
         started, images = time.perf_counter(), 0
         for step in range(num_steps):
             state, metrics = train_step(state, (inputs := batch(step)))

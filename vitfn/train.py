@@ -51,7 +51,7 @@ def train(fv: FlagValues) -> None:
     training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
 
     def batch(step: int) -> Batch:
-        index = batch_indices(len(training.labels), fv.train_batch_size, fv.seed, step).to(row.name)
+        index = batch_indices(len(training.labels), fv.train_batch_size, fv.seed, step).to(row.name, non_blocking=True)
         images = augment(training.images[index], config, seed=fv.seed, step=step, crop_min=fv.crop_min, flip=fv.flip)
         return images, training.labels[index]
 
@@ -92,7 +92,7 @@ def _check(fv: FlagValues) -> None:
     if fv.fp16:
         if fv.precision not in ("auto", "float16"):
             raise InputError(f"--fp16 and --precision={fv.precision} contradict each other; expected one of them")
-        fv.precision = "float16"
+        fv["precision"].value = "float16"
     for name, accepted in (("gradient_accumulation_steps", (1,)), ("loss_scale", (0,)), ("local_rank", (-1, 0))):
         if (value := fv[name].value) not in accepted:
             raise InputError(
@@ -117,7 +117,11 @@ def _config(fv: FlagValues, dataset: Dataset) -> ViTConfig:
         described = npz.describe(fv.pretrained_dir).config
         overrides |= {name: getattr(described, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
     overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
-    return get_config(fv.model_type, **overrides)
+    try:
+        return get_config(fv.model_type, **overrides)
+    except InputError as error:
+        size = "x".join(map(str, fv.img_size)) if isinstance(fv.img_size, tuple) else fv.img_size
+        raise InputError(f"--model_type={fv.model_type} --img_size={size}: {error}") from None
 
 
 def _starting_params(fv: FlagValues, config: ViTConfig) -> Tree:

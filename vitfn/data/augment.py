@@ -17,12 +17,16 @@ _RATIO = (3 / 4, 4 / 3)  # width / height
 
 def normalise(images: Tensor, config: ViTConfig) -> Tensor:
     """Pixels 0 to 255 to what the model expects, (x / 255 - mean) / std: (B, C, H, W) float32."""
-    mean, std = (torch.tensor(value, device=images.device).reshape(-1, 1, 1) for value in (config.mean, config.std))
-    return (images.float() - 255 * mean) / (255 * std)
+
+    def channels(value: float | tuple[float, ...]) -> Tensor:  # (1 or C, 1, 1), made where it is used
+        values = value if isinstance(value, tuple) else (value,)
+        return torch.stack([torch.full((1, 1), 255 * v, device=images.device) for v in values])
+
+    return (images.float() - channels(config.mean)) / channels(config.std)
 
 
 def _interpolation(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor | None = None) -> Tensor:
-    """Weights (B, out, size) of bilinear samples at `out` places in `length` pixels from `start`, half-pixel centres."""
+    """Weights (B, out, size) that sample `length` pixels from `start` at `out` places: bilinear, half-pixel centres."""
     place = torch.arange(out, device=start.device).expand(len(start), out)
     if flip is not None:
         place = torch.where(flip[:, None], out - 1 - place, place)

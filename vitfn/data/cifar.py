@@ -95,7 +95,7 @@ def load(name: str, data_dir: str, download: bool = False) -> Dataset:
             f"--dataset={name}: found neither {archive} nor {folder}; get {source.url} ({source.size:,} bytes, "
             f"MD5 {source.md5}), or add --download"
         )
-    names = _parse(where / source.meta, contents, lambda meta: tuple(n.decode() for n in meta[source.names]))
+    names = _parse(where / source.meta, contents, lambda meta: tuple(_text(name) for name in meta[source.names]))
 
     def split(members: tuple[str, ...]) -> Split:
         parts = [
@@ -146,6 +146,10 @@ def _parse(path: Path, contents: dict[str, bytes], read: Callable[[Any], Any]) -
         raise InputError(f"{path}: found a pickle that is not CIFAR's ({reason}); fetch it again") from None
 
 
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
 def _images_and_labels(batch: Any, source: _Source, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.tensor(batch[source.labels], dtype=torch.int64)
     images = torch.from_numpy(batch[b"data"].array.reshape(len(labels), 3, 32, 32))
@@ -175,7 +179,13 @@ class _Dtype:
         pass
 
 
-_KNOWN = {
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 spells a byte string in the old protocol."""
+    return text.encode("latin1")
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _encode,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,

@@ -1,0 +1,158 @@
+"""The compile forms: what happens when a compiler fails, and that nothing is compiled twice."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REFERENCE, ROOT, SMALL, expected, nchw
+
+import vitfn
+from vitfn import device, tree
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    reference = expected("token")
+    return nchw(reference["images"]), torch.from_numpy(reference["labels"])
+
+
+def fresh_state(optimizer) -> vitfn.TrainState:
+    params = vitfn.load_npz(REFERENCE / "token.npz", SMALL)
+    return vitfn.TrainState(0, params, optimizer.init(params))
+
+
+OPTIMIZER = vitfn.sgd(vitfn.warmup_cosine(0.03, 10))
+
+
+@pytest.fixture
+def cpu_backend(monkeypatch):
+    """Replaces the CPU's compile backend for one test."""
+
+    def use(backend):
+        monkeypatch.setitem(device.DEVICES, "cpu", dataclasses.replace(device.DEVICES["cpu"], backend=backend))
+
+    return use
+
+
+def broken_backend(graph, inputs):
+    raise AssertionError("the vendor's compiler is young")
+
+
+@pytest.mark.parametrize("form", ["step", "block"])
+def test_a_compiler_that_fails_is_reported_once_and_the_run_goes_on_eagerly(form, cpu_backend, caplog):
+    cpu_backend(broken_backend)
+    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile=form)
+    with caplog.at_level(logging.WARNING, "vitfn"):
+        state, metrics = train_step(fresh_state(OPTIMIZER), batch())
+        state, _ = train_step(state, batch())
+    reports = [record.message for record in caplog.records if "COMPILING FAILED" in record.message]
+    assert len(reports) == len(train_step.failures) == {"step": 2, "block": 1}[form]
+    assert "the vendor's compiler is young" in reports[0]
+    assert train_step.form == "off"
+    eager = vitfn.make_train_step(SMALL, OPTIMIZER, compile="off")
+    expected_state, expected_metrics = eager(fresh_state(OPTIMIZER), batch())
+    assert float(metrics["loss"]) == float(expected_metrics["loss"])
+    expected_state, _ = eager(expected_state, batch())
+    torch.testing.assert_close(state.params, expected_state.params, rtol=0, atol=0)
+
+
+def test_a_backward_that_does_not_compile_is_caught_before_anything_is_updated(cpu_backend):
+    from torch._dynamo.backends.common import aot_autograd
+
+    cpu_backend(aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=broken_backend))
+    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile="block")
+    _, metrics = train_step(fresh_state(OPTIMIZER), batch())
+    assert train_step.form == "off"
+    assert metrics["loss"].isfinite()
+
+
+@pytest.mark.parametrize("form", ["step", "block"])
+def test_a_caller_s_error_stays_the_caller_s(form, cpu_backend):
+    cpu_backend("eager")
+    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile=form)
+    state = fresh_state(OPTIMIZER)
+    with pytest.raises(Exception, match=r"shape|size|divide|rearrange"):
+        train_step(state, (torch.randn(4, 3, 33, 33), torch.zeros(4, dtype=torch.int64)))
+    assert train_step.form is None
+    train_step(state, batch())  # nothing was donated, and nothing is broken
+    assert train_step.form == form
+
+
+class Counting:
+    """A backend that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+
+@pytest.mark.parametrize("form", ["step", "block"])
+def test_one_graph_serves_all_layers_and_all_steps(form, cpu_backend):
+    cpu_backend(counting := Counting())
+    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile=form)
+    state = fresh_state(OPTIMIZER)
+    for _ in range(3):
+        state, _ = train_step(state, batch())
+    assert train_step.form == form
+    assert len(counting.graphs) == 1
+
+
+@pytest.mark.parametrize("form", ["step", "block"])
+def test_evaluation_of_a_padded_batch_compiles_nothing_new(form, cpu_backend):
+    cpu_backend(counting := Counting())
+    eval_step = vitfn.make_eval_step(SMALL, compile=form)
+    params, (images, labels) = fresh_state(OPTIMIZER).params, batch()
+    eval_step(params, (images, labels))
+    eval_step(params, (images, torch.full_like(labels, -1)))
+    assert len(counting.graphs) == 1
+
+
+def test_many_steps_in_one_process_do_not_exhaust_dynamo(cpu_backend):
+    """Its limit of 8 recompilations counts for a code object: each step has its own."""
+    cpu_backend("eager")
+    for layers in range(1, 13):
+        config = dataclasses.replace(SMALL, num_layers=1, mlp_dim=8 * layers)
+        params = vitfn.init(config, 0)
+        train_step = vitfn.make_train_step(config, OPTIMIZER, compile="block")
+        train_step(vitfn.TrainState(0, params, OPTIMIZER.init(params)), batch())
+        assert train_step.form == "block", layers
+
+
+def test_nothing_waits_for_the_device():
+    """A step on the meta device, where reading any value raises, goes through."""
+    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile="off")
+    device.DEVICES["meta"] = dataclasses.replace(device.DEVICES["cpu"], name="meta")
+    try:
+        state = fresh_state(OPTIMIZER)
+        meta = vitfn.TrainState(state.step.to("meta"), tree.to(state.params, "meta"), tree.to(state.opt_state, "meta"))
+        images, labels = batch()
+        state, metrics = train_step(meta, (images.to("meta"), labels.to("meta")))
+    finally:
+        del device.DEVICES["meta"]
+    assert all(value.device.type == "meta" for value in (*metrics.values(), *tree.leaves(state.params)))
+
+
+WITHOUT_COMPILER = """
+import torch, vitfn
+optimizer = vitfn.sgd(vitfn.warmup_cosine(0.1, 10))
+config = vitfn.get_config("Ti/16", image_size=32, num_layers=1, hidden_size=12, mlp_dim=8, num_classes=4)
+params = vitfn.init(config, 0)
+train_step = vitfn.make_train_step(config, optimizer, compile="block")
+train_step(vitfn.TrainState(0, params, optimizer.init(params)), (torch.randn(2, 3, 32, 32), torch.tensor([0, 1])))
+print(train_step.form)
+"""
+
+
+@pytest.mark.slow
+def test_without_a_c_compiler_the_run_goes_on_eagerly(tmp_path):
+    home = str(tmp_path)
+    environment = {"CXX": "/no/such/compiler", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": home, "HOME": home}
+    command = [sys.executable, "-c", WITHOUT_COMPILER]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stdout.split()[-1] == "off", result.stderr
+    assert result.stderr.count("COMPILING FAILED") == 1

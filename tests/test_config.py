@@ -1,0 +1,253 @@
+"""The table of published models against Google's own numbers, and what a config refuses."""
+
+import dataclasses
+import json
+import math
+import re
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vitfn
+from vitfn.config import model_names
+from vitfn.errors import InputError
+
+calm = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+
+
+class Row(NamedTuple):
+    """A model as vit_jax/configs/models.py has it; tokens and parameters at 224 pixels, with 1,000 classes."""
+
+    patch_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float
+    classifier: str
+    num_tokens: int
+    parameters: int
+
+
+PUBLISHED = {
+    "ViT-Ti_16": Row(16, 192, 12, 3, 768, 0.0, "token", 197, 5_717_416),
+    "ViT-S_16": Row(16, 384, 12, 6, 1536, 0.0, "token", 197, 22_050_664),
+    "ViT-S_32": Row(32, 384, 12, 6, 1536, 0.0, "token", 50, 22_878_952),
+    "ViT-B_8": Row(8, 768, 12, 12, 3072, 0.0, "token", 785, 86_576_872),
+    "ViT-B_16": Row(16, 768, 12, 12, 3072, 0.0, "token", 197, 86_567_656),
+    "ViT-B_32": Row(32, 768, 12, 12, 3072, 0.0, "token", 50, 88_224_232),
+    "ViT-L_16": Row(16, 1024, 24, 16, 4096, 0.1, "token", 197, 304_326_632),
+    "ViT-L_32": Row(32, 1024, 24, 16, 4096, 0.0, "token", 50, 306_535_400),
+    "ViT-H_14": Row(14, 1280, 32, 16, 5120, 0.1, "token", 257, 632_045_800),
+    "ViT-S_16-gap-norep": Row(16, 384, 12, 6, 1536, 0.0, "gap", 196, 22_049_896),
+    "ViT-S_32-gap-norep": Row(32, 384, 12, 6, 1536, 0.0, "gap", 49, 22_878_184),
+    "ViT-B_16-gap-norep": Row(16, 768, 12, 12, 3072, 0.0, "gap", 196, 86_566_120),
+    "ViT-B_32-gap-norep": Row(32, 768, 12, 12, 3072, 0.0, "gap", 49, 88_222_696),
+}
+
+
+def parameters(config: vitfn.ViTConfig) -> int:
+    return sum(math.prod(shape) for shape in vitfn.shapes(config).values())
+
+
+def refusal(**fields) -> str:
+    with pytest.raises(InputError) as error:
+        vitfn.ViTConfig(**fields)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_the_table_is_the_published_models_and_nano():
+    assert set(model_names()) == {*PUBLISHED, "ViT-Nano_4"}
+    assert len(set(model_names())) == len(model_names())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_model_has_googles_sizes(name):
+    config = vitfn.get_config(name)
+    found = {field: getattr(config, field) for field in Row._fields if field != "parameters"}
+    assert found | {"parameters": parameters(config)} == PUBLISHED[name]._asdict()
+    assert (config.name, config.image_hw, config.num_classes) == (name, (224, 224), 1000)
+    assert (config.attention_dropout_rate, config.representation_size) == (0.0, None)
+    assert (config.gelu, config.layer_norm_eps, config.mean, config.std) == ("tanh", 1e-6, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "count"),
+    [
+        ("B/16", {"num_classes": 10}, 85_806_346),
+        ("B/32", {"num_classes": 10}, 87_462_922),
+        ("L/16", {"num_classes": 10}, 303_311_882),
+        ("L/16", {"num_classes": 100}, 303_404_132),
+        ("L/32", {"num_classes": 10}, 305_520_650),
+        ("H/14", {"num_classes": 10}, 630_777_610),
+        ("B/16", {"num_classes": 10, "image_size": 384}, 86_098_186),
+        ("B/16", {"image_size": 384}, 86_859_496),
+        ("B/16", {"num_classes": 21_843, "representation_size": 768}, 103_186_515),  # imagenet21k/ViT-B_16.npz
+    ],
+)
+def test_parameter_counts_of_fine_tuned_and_pre_trained_models(name, overrides, count):
+    assert parameters(vitfn.get_config(name, **overrides)) == count
+
+
+@pytest.mark.parametrize(("name", "arrays"), [("B/16", 200), ("L/16", 392), ("H/14", 520)])
+def test_google_s_files_have_so_many_arrays(name, arrays):
+    assert len(vitfn.shapes(vitfn.get_config(name))) == arrays
+    assert len(vitfn.shapes(vitfn.get_config(name, representation_size=8))) == arrays + 2
+
+
+def test_nano_is_for_32_pixels():
+    config = vitfn.get_config("Nano/4")
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.mlp_dim) == (96, 6, 3, 384)
+    assert (config.image_hw, config.grid, config.num_tokens) == ((32, 32), (8, 8), 65)
+
+
+@calm
+@given(
+    heads=st.integers(1, 4),
+    width=st.integers(1, 5),
+    layers=st.integers(1, 3),
+    mlp=st.integers(1, 9),
+    patch=st.integers(1, 4),
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    classes=st.integers(1, 6),
+    classifier=st.sampled_from(["token", "gap"]),
+    representation=st.none() | st.integers(1, 5),
+)
+def test_parameter_count_is_the_closed_form(
+    heads, width, layers, mlp, patch, grid, classes, classifier, representation
+):
+    D, cls = heads * width, classifier == "token"
+    config = vitfn.ViTConfig(
+        patch_size=patch,
+        image_size=(grid[0] * patch, grid[1] * patch),
+        hidden_size=D,
+        num_layers=layers,
+        num_heads=heads,
+        mlp_dim=mlp,
+        num_classes=classes,
+        classifier=classifier,
+        representation_size=representation,
+    )
+    embedding = patch * patch * 3 * D + D + cls * D + (grid[0] * grid[1] + cls) * D
+    block = 4 * (D * D + D) + 2 * 2 * D + 2 * D * mlp + mlp + D
+    head = D * classes + classes
+    if representation:
+        head = D * representation + representation + representation * classes + classes
+    assert parameters(config) == embedding + layers * block + 2 * D + head
+
+
+@pytest.mark.parametrize("long", model_names())
+def test_short_names_equal_long_names(long):
+    variant, patch = re.fullmatch(r"ViT-([A-Za-z]+)_(.+)", long).groups()
+    assert vitfn.get_config(f"{variant}/{patch}") == vitfn.get_config(long)
+
+
+def test_overrides_replace_fields():
+    config = vitfn.get_config("L/16", num_classes=10, image_size=384, dropout_rate=0.0)
+    assert (config.num_classes, config.grid, config.dropout_rate) == (10, (24, 24), 0.0)
+    assert config == dataclasses.replace(vitfn.get_config("L/16"), num_classes=10, image_size=384, dropout_rate=0.0)
+
+
+def test_non_square_image():
+    config = vitfn.get_config("Ti/16", image_size=(224, 160))
+    assert (config.image_hw, config.grid, config.num_tokens) == ((224, 160), (14, 10), 141)
+    assert vitfn.shapes(config)["Transformer/posembed_input/pos_embedding"] == (1, 141, 192)
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        vitfn.get_config("B/16").num_classes = 10
+
+
+def test_a_config_is_a_dict_key():
+    table = {vitfn.get_config("B/16"): "b", vitfn.get_config("B/32"): "c"}
+    assert table[vitfn.get_config("ViT-B_16")] == "b"
+    assert vitfn.get_config("B/16", num_classes=10) not in table
+
+
+def test_lists_from_json_become_tuples():
+    config = vitfn.ViTConfig(image_size=(224, 160), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    again = vitfn.ViTConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert (again.image_size, again.mean, again.std) == ((224, 160), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("name", ["ViT-B_17", "B/17", "b/16", "", "R50+ViT-B_16", "ViT-"])
+def test_unknown_name_is_refused_with_the_known_ones(name):
+    with pytest.raises(InputError) as error:
+        vitfn.get_config(name)
+    message = str(error.value)
+    assert message.startswith(f"model_type: found {name!r}, expected one of ViT-")
+    assert all(known in message for known in model_names())
+    assert len(message.splitlines()) == 1
+
+
+def test_unknown_fields_are_refused_by_name():
+    with pytest.raises(InputError, match=r"^classes, dropout: .*ViTConfig"):
+        vitfn.get_config("B/16", dropout=0.1, classes=10, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    "field", ["patch_size", "channels", "hidden_size", "num_layers", "num_heads", "mlp_dim", "num_classes"]
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one_are_refused(field, value):
+    assert refusal(**{field: value}) == f"{field}: found {value}, expected at least 1"
+
+
+@pytest.mark.parametrize("size", [225, (224, 225), (225, 224), 0, (224, 0), (-16, 16), 15])
+def test_an_image_that_the_patch_does_not_divide_is_refused(size):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    message = refusal(image_size=size)
+    assert message == f"image_size: found {height}x{width}, expected positive multiples of the patch size 16"
+
+
+@pytest.mark.parametrize("field", ["dropout_rate", "attention_dropout_rate"])
+@pytest.mark.parametrize("rate", [1, 1.5, -0.1, float("nan"), float("inf")])
+def test_a_rate_that_is_no_probability_below_one_is_refused(field, rate):
+    assert refusal(**{field: rate}) == f"{field}: found {rate}, expected a probability of at least 0 and below 1"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "choices"),
+    [
+        ("classifier", "map", "'token', 'gap'"),
+        ("posemb", "sincos2d", "'learn'"),
+        ("gelu", "relu", "'tanh', 'erf'"),
+        ("resnet", "R50", "None"),
+    ],
+)
+def test_a_bad_choice_is_refused_with_the_good_ones(field, value, choices):
+    assert refusal(**{field: value}) == f"{field}: found {value!r}, expected one of {choices}"
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_refused():
+    message = refusal(hidden_size=768, num_heads=10)
+    assert message == "hidden_size: found 768, expected a multiple of num_heads=10"
+
+
+@pytest.mark.parametrize("size", [(224,), (224, 224, 3), [], "224", None, 224.0])
+def test_an_image_size_of_other_than_one_or_two_integers_is_refused(size):
+    assert refusal(image_size=size).startswith("image_size: found ")
+
+
+@pytest.mark.parametrize("field", ["patch_size", "num_layers", "num_classes", "hidden_size"])
+@pytest.mark.parametrize("value", [2.5, "16", None])
+def test_a_size_that_is_no_integer_is_refused(field, value):
+    assert refusal(**{field: value}).startswith(f"{field}: found ")
+
+
+@pytest.mark.parametrize("value", [0, -1, "768", 1.5])
+def test_a_representation_size_that_is_no_positive_integer_is_refused(value):
+    assert refusal(representation_size=value).startswith("representation_size: found ")
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_a_mean_or_std_for_another_number_of_channels_is_refused(field):
+    assert refusal(**{field: (0.5, 0.5)}).startswith(f"{field}: found ")
+    vitfn.ViTConfig(channels=2, **{field: (0.5, 0.5)})

@@ -39,7 +39,6 @@ def read(path) -> dict[str, torch.Tensor]:
 def assert_refused(message: str, path) -> None:
     assert message.startswith(str(path))
     assert len(message.splitlines()) == 1
-    assert "None" not in message
 
 
 def refusal(path) -> str:
@@ -280,6 +279,16 @@ def test_a_flipped_byte_anywhere_in_a_member_is_refused(tmp_path):
             damaged[place] ^= mask
             (tmp_path / "bad.npz").write_bytes(damaged)
             assert "bad.npz: a: " in refusal(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("size", [0, 1, 1024, 100_000, 262_144 - 32, 262_144, 600_000])
+def test_a_wrong_checksum_is_refused_whatever_the_size(tmp_path, compression, size):
+    path = write_member(tmp_path / "a.npz", npy(np.ones(size, np.float32)), compression=compression)
+    whole = bytearray(path.read_bytes())
+    whole[whole.rindex(b"PK\x01\x02") + 16] ^= 1
+    path.write_bytes(whole)
+    assert "CRC" in refusal(path)
 
 
 @pytest.mark.parametrize("writer", [np.savez, np.savez_compressed])

@@ -1,5 +1,6 @@
 """Resizing, cropping, mirroring and normalising against independent references; what makes up a batch."""
 
+import dataclasses
 import math
 import random
 
@@ -65,12 +66,18 @@ def test_google_s_normalisation_is_exact():
     assert (y.min(), y.max(), y.dtype) == (-1, 1, np.float32)
 
 
-def test_normalisation_by_channel():
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (0, 1), ((0.5, 0, 0.5), (0.5, 1, 0.5))],
+    ids=["ImageNet's", "0 to 1", "mixed"],
+)
+def test_normalisation_by_channel(mean, std):
     config = vitfn.get_config("Ti/16", mean=mean, std=std)
     x = pixels(2, 3, 8, 8)
-    want = (x.numpy() / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    np.testing.assert_allclose(normalise(x, config).numpy(), want, rtol=0, atol=1e-6)
+    want = (x.numpy() / 255 - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+    y = normalise(x, config)
+    assert y.dtype == torch.float32
+    np.testing.assert_allclose(y.numpy(), want, rtol=0, atol=1e-6)
 
 
 # --- resize
@@ -216,7 +223,7 @@ def augmented(images: Tensor, *, seed: int = 1, step: int = 2) -> Tensor:
 
 
 def test_augment_gives_normalised_images_of_the_model_s_size():
-    config = vitfn.get_config("Nano_4", image_size=(24, 40))
+    config = dataclasses.replace(SMALL, image_size=(24, 40))
     y = augment(pixels(6, 3, 32, 32), config, seed=0, step=0, crop_min=0.3, flip=True)
     assert (y.shape, y.dtype) == ((6, 3, 24, 40), torch.float32)
     assert -1 <= float(y.min()) < -0.8

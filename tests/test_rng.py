@@ -82,17 +82,17 @@ def test_folded_keys_are_these():
 
 def test_bits_are_these():
     assert rng.bits(torch.tensor([1, 0xDEADBEEF]), 2, 2).tolist() == [
-        [[2262038484, 0], [3983524901, 229109672]],
-        [[707436199, 122301798], [3384463855, 1631627329]],
+        [[2649203967, 474085347], [1775807450, 1483087275]],
+        [[3868657542, 1941750919], [3134018622, 375618980]],
     ]
 
 
 def test_uniform_numbers_are_these():
-    assert (rng.uniform(torch.tensor(7), 4) * 2**24).tolist() == [15429799, 14344072, 10913481, 9349644]
+    assert (rng.uniform(torch.tensor(7), 4) * 2**24).tolist() == [1064343, 9800975, 10477858, 7638744]
 
 
 def test_a_permutation_is_this():
-    assert rng.permutation(12, 7).tolist() == [7, 5, 10, 11, 8, 9, 6, 3, 2, 1, 0, 4]
+    assert rng.permutation(12, 7).tolist() == [0, 8, 5, 10, 6, 3, 4, 1, 11, 2, 7, 9]
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**31), -(2**63), 2**32 - 1, 2**63 - 1, 2**64, 10**100])

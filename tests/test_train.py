@@ -18,9 +18,10 @@ from test_data import FOREIGN, cifar_contents, write_cifar
 import vitfn
 from vitfn import flags, npz, run, train
 
+MODEL = "ViT-Nano_8"
 TINY = [
     "--dataset=digits",
-    "--model_type=ViT-Nano_4",
+    f"--model_type={MODEL}",
     "--img_size=32",
     "--pretrained_dir=",
     "--train_batch_size=16",
@@ -88,9 +89,9 @@ def refusal(capsys):
         ("--no_such_flag=1", ["no_such_flag"]),
         ("--nmae=x", ["nmae", "name"]),
         ("stray", ["stray", "--flag=value"]),
-        ("--img_size=30", ["img_size", "30x30", "patch size 4"]),
-        ("--img_size=0", ["img_size", "0x0", "patch size 4"]),
-        ("--img_size=32x30", ["img_size", "32x30", "patch size 4"]),
+        ("--img_size=30", ["img_size", "30x30", "patch size 8"]),
+        ("--img_size=0", ["img_size", "0x0", "patch size 8"]),
+        ("--img_size=32x30", ["img_size", "32x30", "patch size 8"]),
         ("--img_size=big", ["--img_size", "big", "HEIGHTxWIDTH"]),
         ("--img_size=32x32x3", ["--img_size", "32x32x3", "HEIGHTxWIDTH"]),
         ("--train_batch_size=0", ["--train_batch_size", "0", "positive"]),
@@ -308,7 +309,7 @@ def test_the_model_of_a_run_can_be_loaded(finished):
     path = finished[0] / "model.npz"
     config, class_names, stated = npz.describe(path)
     assert stated
-    assert config == vitfn.get_config("ViT-Nano_4", image_size=32, num_classes=10)
+    assert config == vitfn.get_config(MODEL, image_size=32, num_classes=10)
     assert class_names == tuple("0123456789")
     params = vitfn.load_npz(path)
     assert vitfn.apply(params, torch.zeros(1, 3, 32, 32), config).shape == (1, 10)
@@ -319,7 +320,9 @@ def test_the_model_of_a_run_can_be_loaded(finished):
 def test_what_a_run_prints(finished):
     directory, done = finished
     accuracy = metrics_of(directory)[-1]["eval/accuracy"]
-    for part in ("ViT-Nano_4", "683,242 parameters", "1,438 training and 359 test", f"{accuracy:.2%}", "output/run"):
+    shapes = vitfn.shapes(vitfn.get_config(MODEL, image_size=32, num_classes=10)).values()
+    model = f"{MODEL}, {sum(map(math.prod, shapes)):,} parameters, from random weights"
+    for part in (model, "1,438 training and 359 test", f"{accuracy:.2%}", "output/run"):
         assert part in done.stdout
     assert "training: 100%" in done.stderr  # the bar
     assert "Warning" not in done.stderr
@@ -362,23 +365,45 @@ def test_a_flag_after_the_flagfile_wins_and_a_long_warm_up_is_a_warning(caplog):
     assert Path("output/run/model.npz").exists()
 
 
-def test_a_warning_during_training_is_said_once(monkeypatch, capsys):
+@pytest.fixture
+def fit_one_step():
+    """A function: one step of a run whose gradients are not finite; returns the lines of metrics.jsonl."""
+
+    def fit() -> list[str]:
+        metrics = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf), "learning_rate": torch.tensor(0.1)}
+        with run.RunDirectory("output", "run") as directory:
+            run.fit(
+                directory,
+                vitfn.TrainState(0, {"w": torch.zeros(1)}, {}),
+                lambda state, batch: (state, metrics),
+                lambda step: (torch.zeros(1), torch.zeros(1)),
+                lambda params: {"loss": math.nan},
+                num_steps=1,
+                eval_every=1,
+                after_first_step=lambda: None,
+            )
+        return Path("output/run/metrics.jsonl").read_text().splitlines()
+
+    return fit
+
+
+def test_a_warning_during_training_is_said_once(fit_one_step, monkeypatch, capsys):
     """Above the bar, and not by the root logger again."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert train.main(["train", "--help"]) == 0  # sets logging up
     capsys.readouterr()
-    state = vitfn.TrainState(0, {"w": torch.zeros(1)}, {})
-    metrics = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf), "learning_rate": torch.tensor(0.1)}
-    with run.RunDirectory("output", "run") as directory:
-        run.fit(
-            directory,
-            state,
-            lambda state, batch: (state, metrics),
-            lambda step: (torch.zeros(1), torch.zeros(1)),
-            lambda params: {"loss": 0.0},
-            num_steps=1,
-            eval_every=1,
-        )
+    fit_one_step()
     err = capsys.readouterr().err
     assert err.count("not finite") == 1
-    assert "vitfn: step 1: gradients are not finite" in err
+    assert "vitfn: step 1: gradients" in err
+
+
+def test_metrics_that_are_not_finite_are_null(fit_one_step):
+    """NaN and Infinity are not JSON."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    step, evaluation = (json.loads(line, parse_constant=refuse) for line in fit_one_step())
+    assert (step["train/loss"], step["train/grad_norm"]) == (1.0, None)
+    assert evaluation == {"step": 1, "eval/loss": None}

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 
@@ -45,9 +46,17 @@ class Archive:
         except Exception:  # zipfile has several for what is not a ZIP archive
             raise InputError(f"{path}: expected an npz file of weights, found {_what_is(self.path)}") from None
         self.comment = self._zip.comment
-        self._members = {
-            i.filename.removesuffix(".npy"): i for i in self._zip.infolist() if i.filename.endswith(".npy")
-        }
+        with open(path, "rb") as file:  # zipfile reads over entries that are lost and a comment that is cut off
+            file.seek(-len(self.comment) - 12, os.SEEK_END)
+            entries, _, _, length = struct.unpack("<HIIH", file.read(12))
+            if entries != len(self._zip.infolist()) or length != len(self.comment):
+                raise InputError(f"{path}: expected an npz file of weights, found {_what_is(self.path)}")
+        for info in self._zip.infolist():
+            if not info.filename.endswith(".npy"):
+                raise InputError(f"{path}: found a member {info.filename}, expected .npy arrays only")
+        self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
+        if not self._members:
+            raise InputError(f"{path}: expected an npz file of weights, found a ZIP archive without arrays")
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, info in self._members.items():
             with _blaming(f"{path}: {name}"), self._zip.open(info) as file:
@@ -80,6 +89,8 @@ class Archive:
             memory = array.reshape(-1).view(np.uint8).data
             for start in range(0, expected, _CHUNK):
                 chunk = file.read(min(_CHUNK, expected - start))
+                if len(chunk) < min(_CHUNK, expected - start):
+                    raise EOFError("the data end early")
                 memory[start : start + len(chunk)] = chunk
             file.read()  # at a member's end its CRC is compared
             if dtype != np.float32:

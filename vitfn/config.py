@@ -40,11 +40,14 @@ class ViTConfig:
         for field in ("image_size", "mean", "std"):  # JSON and argument parsers hand over lists
             if isinstance(value := getattr(self, field), list):
                 object.__setattr__(self, field, tuple(value))
-        for field in ("patch_size", "channels", "hidden_size", "num_layers", "num_heads", "mlp_dim", "num_classes"):
-            if (value := getattr(self, field)) < 1:
-                raise InputError(f"{field}: found {value}, expected at least 1")
+        for field in _SIZES:
+            value = getattr(self, field)
+            optional = field == "representation_size" and value is None
+            if not optional and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{field}: found {value}, expected an integer of at least 1")
         for field in ("dropout_rate", "attention_dropout_rate"):
-            if not 0 <= (value := getattr(self, field)) < 1:
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise InputError(f"{field}: found {value}, expected a probability of at least 0 and below 1")
         for field, choices in _CHOICES.items():
             if (value := getattr(self, field)) not in choices:
@@ -53,6 +56,12 @@ class ViTConfig:
             raise InputError(
                 f"hidden_size: found {self.hidden_size}, expected a multiple of num_heads={self.num_heads}"
             )
+        for field in ("mean", "std"):
+            if isinstance(value := getattr(self, field), tuple) and len(value) != self.channels:
+                raise InputError(f"{field}: found {len(value)} numbers, expected one or channels={self.channels}")
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise InputError(f"image_size: found {self.image_size}, expected an integer or (height, width)")
         height, width = self.image_hw
         if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
             raise InputError(
@@ -77,12 +86,13 @@ class ViTConfig:
         return rows * columns + (self.classifier == "token")
 
 
+_SIZES = "patch_size channels hidden_size num_layers num_heads mlp_dim num_classes representation_size".split()
 _CHOICES = {"classifier": ("token", "gap"), "posemb": ("learn",), "gelu": ("tanh", "erf"), "resnet": (None,)}
 
 # hidden_size, num_layers, num_heads, mlp_dim: table 1 of the paper (arXiv 2010.11929) and table 2 of AugReg
 # (arXiv 2106.10270); Nano is vitfn's own, for 32-pixel images on a laptop.
 _VARIANTS = {
-    "Nano": (96, 6, 3, 384),
+    "Nano": (64, 3, 4, 256),
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
     "B": (768, 12, 12, 3072),
@@ -92,7 +102,7 @@ _VARIANTS = {
 
 # name -> what differs from the variant's row; Google fine-tunes L/16 and H/14 with dropout, the others without.
 _MODELS: dict[str, dict] = {
-    "ViT-Nano_4": {"image_size": 32},
+    "ViT-Nano_8": {"image_size": 32},
     "ViT-Ti_16": {},
     "ViT-S_16": {},
     "ViT-S_32": {},

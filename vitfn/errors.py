@@ -6,3 +6,6 @@ class InputError(ValueError):
 
     Commands print it to stderr and exit with code 2; a library caller sees an ordinary ValueError.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # names in foreign files hold any character

@@ -57,25 +57,36 @@ def describe(path: str | os.PathLike) -> Description:
 
 
 def _describe(archive: Archive) -> Description:
+    return _stated(archive) or Description(_infer(archive), None, stated=False)
+
+
+def _stated(archive: Archive) -> Description | None:
+    """What the archive's comment says, if it is one of ours; it has to fit the arrays."""
     try:
         stated = json.loads(archive.comment)["vitfn"]
-    except (ValueError, KeyError, TypeError):  # no comment, or somebody else's
-        return Description(_infer(archive), None, stated=False)
+    except (ValueError, KeyError, TypeError, RecursionError):  # no comment, or somebody else's
+        return None
     source = archive.path
     try:
-        if "file" in stated:
-            source = str(Path(archive.path).with_name(stated["file"]))
-            stated = json.loads(Path(source).read_bytes())["vitfn"]
-        return Description(
-            ViTConfig(**stated["config"]), stated["class_names"] and tuple(stated["class_names"]), stated=True
-        )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        config, class_names = ViTConfig(**stated["config"]), stated["class_names"]
+        if "class_names_in" in stated:
+            source = str(Path(archive.path).with_name(stated["class_names_in"]))
+            class_names = json.loads(Path(source).read_bytes())["class_names"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise InputError(f"{source}: found no description of a model that this version can read ({error})") from None
+    found = {path: archive.shapes[name] for path, name in _canonical(archive).items()}
+    _compare(found, shapes(config), archive.path)
+    return Description(config, tuple(class_names) if class_names else None, stated=True)
 
 
 def _canonical(archive: Archive) -> dict[str, str]:
     """The archive's own name of each canonical path."""
-    return {_rename(name, _LINEN_TO_ORIGINAL): name for name in archive.shapes}
+    names: dict[str, str] = {}
+    for name in archive.shapes:
+        if (path := _rename(name, _LINEN_TO_ORIGINAL)) in names:
+            raise InputError(f"{archive.path}: found both {names[path]} and {name}, which are the same array")
+        names[path] = name
+    return names
 
 
 def _infer(archive: Archive) -> ViTConfig:
@@ -84,34 +95,40 @@ def _infer(archive: Archive) -> ViTConfig:
     try:
         patch_size, _, channels, hidden_size = found["embedding/kernel"]
         classifier = "token" if "cls" in found else "gap"
-        patches = found[_POSITIONS][1] - (classifier == "token")
+        _, tokens, _ = found[_POSITIONS]
+        _, num_heads, _ = found[f"{block}/MultiHeadDotProductAttention_1/query/kernel"]
+        _, mlp_dim = found[f"{block}/MlpBlock_3/Dense_0/kernel"]
+        patches = tokens - (classifier == "token")
         sizes: dict[str, Any] = {
             "patch_size": patch_size,
             "hidden_size": hidden_size,
             "num_layers": len({path.split("/")[1] for path in found if path.startswith("Transformer/encoderblock_")}),
-            "num_heads": found[f"{block}/MultiHeadDotProductAttention_1/query/kernel"][1],
-            "mlp_dim": found[f"{block}/MlpBlock_3/Dense_0/kernel"][1],
+            "num_heads": num_heads,
+            "mlp_dim": mlp_dim,
             "classifier": classifier,
+            "num_classes": found.get("head/bias", (1000,))[0],
+            "representation_size": found.get("pre_logits/bias", (None,))[0],
         }
+        side = math.isqrt(patches)
     except (KeyError, IndexError, ValueError):
         names = ", ".join(sorted(found)[:3])
         raise InputError(
             f"{archive.path}: found arrays ({names}, ...) that are not a plain Vision Transformer's"
         ) from None
-    side = math.isqrt(patches)
     if side * side != patches:
         raise InputError(f"{archive.path}: found {patches} patch positions, expected a square number of them")
     for name in model_names():
         published = get_config(name)
-        if all(getattr(published, field) == value for field, value in sizes.items()):
+        if all(
+            getattr(published, field) == value
+            for field, value in sizes.items()
+            if field not in ("num_classes", "representation_size")
+        ):
             sizes |= {"name": name, "dropout_rate": published.dropout_rate}
-    return ViTConfig(
-        **sizes,
-        image_size=side * patch_size,
-        channels=channels,
-        num_classes=found.get("head/bias", (1000,))[0],
-        representation_size=found.get("pre_logits/bias", (None,))[0],
-    )
+    try:
+        return ViTConfig(**sizes, image_size=side * patch_size, channels=channels)
+    except InputError as error:
+        raise InputError(f"{archive.path}: {error}") from None
 
 
 def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
@@ -123,8 +140,9 @@ def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
     """
     log = logging.getLogger("vitfn")
     with Archive(path) as archive:
+        stated = _stated(archive)
         if config is None:
-            config, _, stated = _describe(archive)
+            config = stated.config if stated else _infer(archive)
             if not stated:
                 log.warning("%s: does not state its config; assumed %s", path, _ASSUMED)
         names, expected = _canonical(archive), shapes(config)
@@ -139,8 +157,9 @@ def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
             found.pop("head/bias", None)
             adapted |= {name: torch.zeros(expected[name]) for name in ("head/kernel", "head/bias")}
         positions = found.get(_POSITIONS, ())
-        if len(positions) == 3 and positions != expected[_POSITIONS] and positions[::2] == expected[_POSITIONS][::2]:
-            old, new = _describe(archive).config.grid, config.grid
+        same = config.grid == stated.config.grid if stated else positions == expected[_POSITIONS]
+        if len(positions) == 3 and not same and positions[::2] == expected[_POSITIONS][::2]:
+            old, new = (stated.config if stated else _infer(archive)).grid, config.grid
             log.warning("%s: position embeddings resized from %dx%d to %dx%d patches", path, *old, *new)
             adapted[_POSITIONS] = resize_positions(archive.read(names[_POSITIONS]), old, new)
             del found[_POSITIONS]
@@ -181,8 +200,8 @@ def save_npz(
 ) -> None:
     """The tree as an npz file that Google's, timm's and the seed's code read; whole or not at all.
 
-    With `config`, the file describes itself: config and class names as JSON in the ZIP comment or, where they exceed
-    64 KB, in a .json file beside it. `layout` is 'original' (2020 names) or 'linen'.
+    With `config`, the file describes itself: config and class names are JSON in the ZIP comment or, where that would
+    exceed 64 KB, the class names are in a .json file beside it. `layout` is 'original' (2020 names) or 'linen'.
     """
     if layout not in _NAMES_IN:
         raise InputError(f"layout: found {layout!r}, expected one of {', '.join(_NAMES_IN)}")
@@ -190,11 +209,12 @@ def save_npz(
     comment = b""
     if config:
         _compare({name: tuple(leaf.shape) for name, leaf in flat.items()}, shapes(config), path)
-        description = {"config": dataclasses.asdict(config), "class_names": class_names and list(class_names)}
-        comment = json.dumps({"vitfn": description}).encode()
+        description: dict[str, Any] = {"config": dataclasses.asdict(config), "class_names": None}
+        names = list(class_names) if class_names else None
+        comment = json.dumps({"vitfn": description | {"class_names": names}}).encode()
         if len(comment) > _LARGEST_COMMENT:
             sidecar = Path(path).with_suffix(".json")
             with replacing(sidecar) as file:
-                file.write(comment)
-            comment = json.dumps({"vitfn": {"file": sidecar.name}}).encode()
+                file.write(json.dumps({"class_names": names}).encode())
+            comment = json.dumps({"vitfn": description | {"class_names_in": sidecar.name}}).encode()
     write_archive(path, {_rename(name, _NAMES_IN[layout]): leaf for name, leaf in flat.items()}, comment)

@@ -16,12 +16,12 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def _mix(x):
+def _mix(x, salt=0):
     """A permutation of 32 bits of which the upper ones depend on every bit of `x`; an int or an int64 tensor."""
     # Inductor writes an operand out again at each use, so every x ^ (x >> n) doubles the code it compiles: two are
     # what the upper bits need. For the same reason keys are computed outside of what is compiled.
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
-    return ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
+    return ((x ^ (x >> 15) ^ salt) * 0x735A2D97) & _MASK
 
 
 def fold_in(key, data):
@@ -38,7 +38,9 @@ def stream(seed: int, use: str) -> int:
 def bits(key: Tensor, *shape: int) -> Tensor:
     """32 bits, the upper ones the best, for each of `shape` elements under each key: (*key.shape, *shape) int64."""
     index = torch.arange(torch.Size(shape).numel(), device=key.device).reshape(shape)
-    return _mix(key.reshape(*key.shape, *(1 for _ in shape)) ^ index)
+    key = key.reshape(*key.shape, *(1 for _ in shape))
+    # The key enters twice: else keys that differ in their lower bits alone would share numbers, in another order.
+    return _mix(key ^ index, (key * 0x5BD1E995) & _MASK)
 
 
 def uniform(key: Tensor, *shape: int) -> Tensor:

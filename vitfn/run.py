@@ -47,17 +47,42 @@ class RunDirectory:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, after `step` updates."""
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
         self._metrics.flush()
 
 
 class Outcome(NamedTuple):
-    """The final parameters, the last metrics by name, and the seconds of the first step and of the others."""
+    """What a run ends with: the parameters, the last metrics by name, the seconds of the first step and the others."""
 
     params: Tree
     metrics: dict[str, float]
     first_seconds: float
     other_seconds: float
+
+
+class _Unread:
+    """Metrics of steps that are still on the device, and the time since they were last read."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []  # each (3,)
+        self._images = 0
+        self._started = time.perf_counter()
+
+    def add(self, metrics: Metrics, images: int) -> None:
+        self._values.append(torch.stack([metrics[name] for name in _LOGGED]))
+        self._images += images
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def read(self) -> tuple[list[dict[str, float]], float]:
+        """The metrics of each step, and the seconds they took together; waits for the device."""
+        values = torch.stack(self._values).tolist()
+        rate = self._images / (seconds := self.seconds)
+        names = [f"train/{name}" for name in _LOGGED]
+        return [{**dict(zip(names, row, strict=True)), "train/images_per_second": rate} for row in values], seconds
 
 
 def fit(
@@ -69,58 +94,41 @@ def fit(
     *,
     num_steps: int,
     eval_every: int,
-    after_first_step: Callable[[], None] = lambda: None,
+    after_first_step: Callable[[], None],
 ) -> Outcome:
     """Takes `num_steps` steps on `batch(step)`, evaluating every `eval_every` of them and at the end; logs both."""
     latest: dict[str, float] = {}
-    unread: list[Tensor] = []  # each (3,): a step's metrics, still on the device
-    first_seconds = other_seconds = 0.0
+    seconds: list[float] = []  # of each reading, the first of which is the first step alone
 
-    def read(done: int, images: int, seconds: float) -> None:
-        """Writes the metrics of the steps up to number `done` that have not been read yet."""
-        rate = images / seconds
-        first = done - len(unread) + 1
-        for step, values in enumerate(torch.stack(unread).tolist(), first):
-            metrics = dict(zip((f"train/{name}" for name in _LOGGED), values, strict=True))
-            if not math.isfinite(metrics["train/grad_norm"]):
-                log.warning(
-                    "step %d: gradients are not finite (loss %s); the update was skipped", step, metrics["train/loss"]
-                )
-            latest.update(metrics)
-            directory.log(step, metrics | {"train/images_per_second": rate})
-        unread.clear()
-        bar.set_postfix(
-            loss=f"{latest['train/loss']:.4f}", rate=f"{latest['train/learning_rate']:.2e}", images=f"{rate:.1f}/s"
-        )
+    def evaluate_now(done: int) -> None:
+        metrics = {f"eval/{name}": value for name, value in evaluate(state.params).items()}
+        directory.log(done, metrics)
+        latest.update(metrics)
 
     with logging_redirect_tqdm([log]), tqdm(total=num_steps, unit="step", desc="first step") as bar:
-        started, images = time.perf_counter(), 0
-        for step in range(num_steps):
-            state, metrics = train_step(state, (inputs := batch(step)))
-            unread.append(torch.stack([metrics[name] for name in _LOGGED]))
-            images += len(inputs[0])
-            done = step + 1
+        unread = _Unread()
+        for done in range(1, num_steps + 1):
+            images, labels = batch(done - 1)
+            state, metrics = train_step(state, (images, labels))
+            unread.add(metrics, len(images))
             evaluating = done % eval_every == 0 or done == num_steps
-            seconds = time.perf_counter() - started
-            if step == 0 or evaluating or seconds > _READ_EVERY:
-                read(done, images, seconds)
-                seconds = time.perf_counter() - started
-                first_seconds, other_seconds = (seconds, 0.0) if step == 0 else (first_seconds, other_seconds + seconds)
-                if step == 0:
-                    bar.set_description("training")
+            if done == 1 or evaluating or unread.seconds > _READ_EVERY:
+                rows, elapsed = unread.read()
+                for step, row in enumerate(rows, done - len(rows) + 1):
+                    directory.log(step, row)
+                    if not math.isfinite(row["train/grad_norm"]):
+                        log.warning("step %d: gradients not finite, loss %s; update skipped", step, row["train/loss"])
+                latest.update(rows[-1])
+                seconds.append(elapsed)
+                bar.set_description("training")
+                bar.set_postfix_str("loss={train/loss:.4f}, rate={train/learning_rate:.2e}, "
+                                    "{train/images_per_second:.1f} images/s".format(**latest))  # fmt: skip
+                if done == 1:
                     after_first_step()
                 if evaluating:
-                    latest.update(_evaluate(directory, evaluate, state.params, done))
-                started, images = time.perf_counter(), 0
+                    evaluate_now(done)
+                unread = _Unread()
             bar.update()
         if num_steps == 0:
-            latest.update(_evaluate(directory, evaluate, state.params, 0))
-    return Outcome(state.params, latest, first_seconds, other_seconds)
-
-
-def _evaluate(
-    directory: RunDirectory, evaluate: Callable[[Tree], dict[str, float]], params: Tree, step: int
-) -> dict[str, float]:
-    metrics = {f"eval/{name}": value for name, value in evaluate(params).items()}
-    directory.log(step, metrics)
-    return metrics
+            evaluate_now(0)
+    return Outcome(state.params, latest, sum(seconds[:1]), sum(seconds[1:]))

@@ -390,11 +390,15 @@ def test_an_archive_cut_off_anywhere_is_refused(tmp_path):
         assert str(archive) in refusal(tmp_path)
 
 
-def test_an_archive_with_a_changed_byte_is_refused(tmp_path):
-    """A gzip has a checksum of what it holds; pixels that do not compress show no damage otherwise."""
-    archive = write_cifar(tmp_path, cifar_contents())
+@pytest.mark.parametrize("levels", [4, 256])
+def test_an_archive_with_a_changed_byte_is_refused(tmp_path, levels):
+    """A gzip has a checksum of what it holds; pixels that do not compress (256 levels) show no damage otherwise."""
+    contents = cifar_contents()
+    for member in [*TRAIN["cifar10"], TEST["cifar10"]]:
+        contents[member][b"data"] //= 256 // levels
+    archive = write_cifar(tmp_path, contents)
     whole = archive.read_bytes()
-    for part in (0.2, 0.5, 0.8):
+    for part in np.linspace(0.1, 0.9, 9):
         damaged = bytearray(whole)
         damaged[int(part * len(whole))] ^= 0x55
         archive.write_bytes(damaged)

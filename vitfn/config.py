@@ -86,7 +86,16 @@ class ViTConfig:
         return rows * columns + (self.classifier == "token")
 
 
-_SIZES = "patch_size channels hidden_size num_layers num_heads mlp_dim num_classes representation_size".split()
+_SIZES = (
+    "patch_size",
+    "channels",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "mlp_dim",
+    "num_classes",
+    "representation_size",
+)
 _CHOICES = {"classifier": ("token", "gap"), "posemb": ("learn",), "gelu": ("tanh", "erf"), "resnet": (None,)}
 
 # hidden_size, num_layers, num_heads, mlp_dim: table 1 of the paper (arXiv 2010.11929) and table 2 of AugReg

@@ -105,7 +105,7 @@ def fit(
         directory.log(done, metrics)
         latest.update(metrics)
 
-    with logging_redirect_tqdm([log]), tqdm(total=num_steps, unit="step", desc="first step") as bar:
+    with logging_redirect_tqdm(), tqdm(total=num_steps, unit="step", desc="first step") as bar:
         unread = _Unread()
         for done in range(1, num_steps + 1):
             images, labels = batch(done - 1)

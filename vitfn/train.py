@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import platform
 import shlex
 import sys
@@ -34,13 +35,15 @@ def train(fv: FlagValues) -> None:
     _check(fv)
     row = device.find(fv.device)
     directory = RunDirectory(fv.output_dir, fv.name)
+    config = _config(fv)
     dataset = load(fv.dataset, fv.data_dir, fv.download)
     if fv.train_batch_size > len(dataset.train.labels):
         raise InputError(
             f"--train_batch_size: found {fv.train_batch_size}, expected at most {len(dataset.train.labels)}, "
             f"the training images of {fv.dataset}"
         )
-    config = _config(fv, dataset)
+    channels = dataset.train.images.shape[1]
+    config = dataclasses.replace(config, num_classes=len(dataset.class_names), channels=channels)
     params = tree.to(_starting_params(fv, config), row.name)
     precision = row.precision if fv.precision == "auto" else fv.precision
     optimizer = _optimizer(fv)
@@ -56,7 +59,8 @@ def train(fv: FlagValues) -> None:
         return images, training.labels[index]
 
     def describe_run() -> None:
-        compiled = {"requested": fv.compile, "form": train_step.form, "failures": train_step.failures}
+        steps = {"train": train_step, "eval": eval_step}
+        compiled = {name: {"form": step.form, "failures": step.failures} for name, step in steps.items()}
         directory.write_config(
             fv.flag_values_dict()
             | {
@@ -67,6 +71,10 @@ def train(fv: FlagValues) -> None:
             }
         )
 
+    if 0 < fv.num_steps < fv.warmup_steps:
+        log.warning(
+            "--warmup_steps=%d exceeds --num_steps=%d: the rate never reaches its peak", fv.warmup_steps, fv.num_steps
+        )
     with directory:
         describe_run()
         outcome = fit(
@@ -79,6 +87,7 @@ def train(fv: FlagValues) -> None:
             eval_every=fv.eval_every,
             after_first_step=describe_run,
         )
+        describe_run()
         if fv.num_steps:
             npz.save_npz(directory.model_path, outcome.params, config, dataset.class_names)
     _print_summary(
@@ -98,21 +107,16 @@ def _check(fv: FlagValues) -> None:
             raise InputError(
                 f"--{name}: found {value}, which is not built yet; expected {' or '.join(map(str, accepted))}"
             )
-    if 0 < fv.num_steps < fv.warmup_steps:
-        log.warning(
-            "--warmup_steps=%d exceeds --num_steps=%d: the learning rate never reaches its peak",
-            fv.warmup_steps,
-            fv.num_steps,
-        )
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        if not math.isfinite(value := getattr(fv, name)):
+            raise InputError(f"--{name}: found {value}, expected a finite number")
+    if fv.max_grad_norm <= 0:
+        raise InputError(f"--max_grad_norm: found {fv.max_grad_norm}, expected a number above 0")
 
 
-def _config(fv: FlagValues, dataset: Dataset) -> ViTConfig:
-    """The model by the flags; what flags leave open is the file's, or else Google's."""
-    overrides: dict[str, Any] = {
-        "image_size": fv.img_size,
-        "num_classes": len(dataset.class_names),
-        "channels": dataset.train.images.shape[1],
-    }
+def _config(fv: FlagValues) -> ViTConfig:
+    """The model by the flags, for any dataset; what flags leave open is the file's, or else Google's."""
+    overrides: dict[str, Any] = {"image_size": fv.img_size}
     if fv.pretrained_dir:
         described = npz.describe(fv.pretrained_dir).config
         overrides |= {name: getattr(described, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}

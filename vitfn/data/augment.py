@@ -77,7 +77,7 @@ def augment(images: Tensor, config: ViTConfig, *, seed: int, step: int, crop_min
     """A step's images, cropped, perhaps mirrored, and normalised: (B, C, H, W) uint8 -> (B, C, h, w) float32.
 
     A function of (seed, step) and each image's place in the batch. `crop_min` is the least part of an image's area to
-    keep; 1 keeps all of it and only resizes.
+    keep; at 1 a square image is only resized.
     """
     places = torch.arange(len(images), device=images.device)
     keys = rng.fold_in(rng.fold_in(rng.stream(seed, "augment"), step), places)

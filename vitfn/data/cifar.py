@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from the official archive or its unpacked folder."""
 
+import gzip
 import io
 import logging
 import pickle
@@ -115,11 +116,13 @@ def _read_archive(archive: Path, source: _Source) -> dict[str, bytes]:
     """The members by file name; nothing is unpacked onto the disk."""
     contents = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 name = member.name.rsplit("/", 1)[-1]
-                if name in source.files and (file := tar.extractfile(member)):
+                if name in source.files and member.isfile() and (file := tar.extractfile(member)):
                     contents[name] = file.read()
+            while stream.read(1 << 20):  # to the end, where gzip keeps its checksum
+                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise InputError(
             f"{archive}: found a damaged archive ({error}), expected {source.size:,} bytes; fetch it again"
@@ -142,7 +145,7 @@ def _parse(path: Path, contents: dict[str, bytes], read: Callable[[Any], Any]) -
     try:
         return read(_Unpickler(io.BytesIO(contents[path.name]), encoding="bytes").load())
     except Exception as error:  # a foreign pickle fails in any way it likes
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"[:200]
         raise InputError(f"{path}: found a pickle that is not CIFAR's ({reason}); fetch it again") from None
 
 
@@ -166,7 +169,7 @@ class _Array:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran_order, data = state
-        if dtype.code != b"u1":
+        if dtype.code != b"u1" or not isinstance(data, bytes):
             raise ValueError(f"array of {dtype.code!r}, expected bytes")
         self.array = np.frombuffer(bytearray(data), np.uint8).reshape(shape, order="F" if fortran_order else "C")
 

@@ -1,6 +1,7 @@
 """Fetching a file whose size and checksum are known: resumed, verified, with a bar."""
 
 import hashlib
+import http.client
 import os
 import urllib.request
 from pathlib import Path
@@ -41,7 +42,7 @@ def download_file(url: str, path: Path, size: int, checksum: str) -> None:
                     while chunk := response.read(_CHUNK):
                         file.write(chunk)
                         bar.update(len(chunk))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise InputError(f"--download: {url}: {error}; the same command goes on from there") from None
     found, found_size = md5(part), part.stat().st_size
     if found_size < size:

@@ -5,7 +5,9 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,37 @@ def _blaming(what: str) -> Iterator[None]:
         raise InputError(f"{what}: damaged, or not an array of numbers ({reason})") from None
 
 
+class _Stored:
+    """An uncompressed member, read into given memory without a copy between; checked as zipfile checks it."""
+
+    def __init__(self, path: str, info: zipfile.ZipInfo):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed on leaving the context
+        self._file.seek(info.header_offset + 26)
+        self._file.seek(info.header_offset + 30 + sum(struct.unpack("<HH", self._file.read(4))))
+        self._info, self._crc, self._done = info, 0, 0
+
+    def __enter__(self) -> "_Stored":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def read(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        return bytes(buffer[: self.readinto(memoryview(buffer))])
+
+    def readinto(self, memory: memoryview) -> int:
+        memory = memory[: self._info.file_size - self._done]
+        count = self._file.readinto(memory) or 0
+        self._crc, self._done = zlib.crc32(memory[:count], self._crc), self._done + count
+        if self._done == self._info.file_size and self._crc != self._info.CRC:
+            raise zipfile.BadZipFile("bad CRC-32")
+        return count
+
+    def tell(self) -> int:
+        return self._done
+
+
 class Archive:
     """An npz file open for reading: `shapes` by array name, the archive's `comment`, and arrays on demand.
 
@@ -45,18 +78,9 @@ class Archive:
             raise InputError(f"{path}: expected an npz file of weights, found: {error.strerror or error}") from None
         except Exception:  # zipfile has several for what is not a ZIP archive
             raise InputError(f"{path}: expected an npz file of weights, found {_what_is(self.path)}") from None
+        self._check_directory()
         self.comment = self._zip.comment
-        with open(path, "rb") as file:  # zipfile reads over entries that are lost and a comment that is cut off
-            file.seek(-len(self.comment) - 12, os.SEEK_END)
-            entries, _, _, length = struct.unpack("<HIIH", file.read(12))
-            if entries != len(self._zip.infolist()) or length != len(self.comment):
-                raise InputError(f"{path}: expected an npz file of weights, found {_what_is(self.path)}")
-        for info in self._zip.infolist():
-            if not info.filename.endswith(".npy"):
-                raise InputError(f"{path}: found a member {info.filename}, expected .npy arrays only")
         self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
-        if not self._members:
-            raise InputError(f"{path}: expected an npz file of weights, found a ZIP archive without arrays")
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, info in self._members.items():
             with _blaming(f"{path}: {name}"), self._zip.open(info) as file:
@@ -68,6 +92,28 @@ class Archive:
     def __exit__(self, *_) -> None:
         self._zip.close()
 
+    def _check_directory(self) -> None:
+        """Refuses what zipfile reads over: lost entries, a comment that is cut off, members under damaged names."""
+        members = self._zip.infolist()
+        with open(self.path, "rb") as file:
+            file.seek(-len(self._zip.comment) - 12, os.SEEK_END)
+            entries, _, _, length = struct.unpack("<HIIH", file.read(12))
+        if entries != len(members) or length != len(self._zip.comment):
+            raise InputError(f"{self.path}: expected an npz file of weights, found {_what_is(self.path)}")
+        if not members:
+            raise InputError(f"{self.path}: expected an npz file of weights, found a ZIP archive without arrays")
+        for info in members:
+            if not info.filename.endswith(".npy"):
+                raise InputError(f"{self.path}: found a member {info.filename}, expected .npy arrays only")
+
+    def _open(self, info: zipfile.ZipInfo) -> Any:
+        """The member as a file with readinto."""
+        file = self._zip.open(info)  # compares the member's own header with the directory
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            return file
+        file.close()
+        return _Stored(self.path, info)
+
     def _header(self, file, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
         shape, fortran_order, dtype = _HEADERS[npy.read_magic(file)](file)
         if dtype.kind != "f":
@@ -78,7 +124,7 @@ class Archive:
     def read(self, name: str) -> Tensor:
         """One array as a float32 tensor on the CPU, its CRC checked on the way."""
         info = self._members[name]
-        with _blaming(f"{self.path}: {name}"), self._zip.open(info) as file:
+        with _blaming(f"{self.path}: {name}"), self._open(info) as file:
             shape, fortran_order, dtype = self._header(file, name)
             shape = shape[::-1] if fortran_order else shape
             expected, found = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
@@ -86,13 +132,11 @@ class Archive:
                 raise InputError(f"{self.path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
             leaf = torch.empty(shape)
             array = leaf.numpy() if dtype == np.float32 else np.empty(shape, dtype)
-            memory = array.reshape(-1).view(np.uint8).data
-            for start in range(0, expected, _CHUNK):
-                chunk = file.read(min(_CHUNK, expected - start))
-                if len(chunk) < min(_CHUNK, expected - start):
+            memory, done = array.reshape(-1).view(np.uint8).data, 0
+            while done < expected:  # at a member's end its CRC is compared
+                if not (count := file.readinto(memory[done : done + _CHUNK])):
                     raise EOFError("the data end early")
-                memory[start : start + len(chunk)] = chunk
-            file.read()  # at a member's end its CRC is compared
+                done += count
             if dtype != np.float32:
                 leaf.numpy()[...] = array
             return leaf.permute(*range(leaf.ndim)[::-1]).contiguous() if fortran_order else leaf

@@ -1,20 +1,18 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from the official archive or its unpacked folder."""
 
 import gzip
-import io
 import logging
-import pickle
 import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from vitfn.data.dataset import Dataset, Split
 from vitfn.data.download import download_file, md5
+from vitfn.data.unpickle import unpickle
 from vitfn.errors import InputError
 
 
@@ -143,7 +141,7 @@ def _parse(path: Path, contents: dict[str, bytes], read: Callable[[Any], Any]) -
     if path.name not in contents:
         raise InputError(f"{path}: missing")
     try:
-        return read(_Unpickler(io.BytesIO(contents[path.name]), encoding="bytes").load())
+        return read(unpickle(contents[path.name]))
     except Exception as error:  # a foreign pickle fails in any way it likes
         reason = f"{type(error).__name__}: {error}"[:200]
         raise InputError(f"{path}: found a pickle that is not CIFAR's ({reason}); fetch it again") from None
@@ -159,46 +157,3 @@ def _images_and_labels(batch: Any, source: _Source, num_classes: int) -> tuple[t
     if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}, expected 0 to {num_classes - 1}")
     return images, labels
-
-
-class _Array:
-    """What CIFAR's pickles call a numpy array: bytes and a shape, and nothing that could run."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran_order, data = state
-        if dtype.code != b"u1" or not isinstance(data, bytes):
-            raise ValueError(f"array of {dtype.code!r}, expected bytes")
-        self.array = np.frombuffer(bytearray(data), np.uint8).reshape(shape, order="F" if fortran_order else "C")
-
-
-class _Dtype:
-    def __init__(self, code: bytes, *_: Any):
-        self.code = code
-
-    def __setstate__(self, state: tuple) -> None:
-        pass
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 spells a byte string in the old protocol."""
-    return text.encode("latin1")
-
-
-_KNOWN: dict[tuple[str, str], Any] = {
-    ("_codecs", "encode"): _encode,
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds numbers, strings, lists, dicts and the two classes above; every other name is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"refusing {module}.{name}")
-        return _KNOWN[module, name]

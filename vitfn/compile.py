@@ -18,6 +18,9 @@ FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("o
 
 def compiled(function: Callable, backend: str) -> Callable:
     """torch.compile(function) as one graph of static shapes, with a compile cache of its own."""
+    # torch 2.7's Dynamo cannot trace into einops; importing this module registers its functions (pytorch issue 157601).
+    import einops._torch_specific  # noqa: F401
+
     # Dynamo keeps its cache, and the limit of its recompilations, with the code object: every caller gets a copy.
     own = types.FunctionType(
         function.__code__.replace(),

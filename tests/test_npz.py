@@ -618,3 +618,18 @@ def test_a_file_is_loaded_in_hardly_more_memory_than_its_own(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert 0.9 * size < int(done.stdout) < 1.2 * size
+
+
+def test_a_misshapen_head_of_the_right_class_count_is_an_error(tmp_path):
+    params = vitfn.init(SMALL, 0)
+    params["head"]["kernel"] = torch.zeros(7, 10)
+    vitfn.save_npz(tmp_path / "model.npz", params)
+    with pytest.raises(InputError, match=r"head/kernel has shape \(7, 10\), expected \(48, 10\)"):
+        vitfn.load_npz(tmp_path / "model.npz", SMALL)
+
+
+def test_class_names_need_a_config_that_counts_as_many(tmp_path):
+    with pytest.raises(InputError, match="class_names: found 10, expected a config"):
+        vitfn.save_npz(tmp_path / "model.npz", vitfn.init(SMALL, 0), class_names="0123456789")
+    with pytest.raises(InputError, match="class_names: found 3, expected 10"):
+        vitfn.save_npz(tmp_path / "model.npz", vitfn.init(SMALL, 0), SMALL, class_names=["a", "b", "c"])

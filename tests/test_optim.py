@@ -77,6 +77,14 @@ def test_adamw_s_first_step_is_the_gradient_s_sign():
     torch.testing.assert_close(params["p"], -0.01 * grads["p"].sign(), rtol=1e-5, atol=0)
 
 
+def test_adamw_corrects_its_bias_to_rounding():
+    """1 - 0.999 in float32 is off by 1e-5 if it is computed as such."""
+    params, grads = {"p": torch.zeros(2, dtype=torch.float64)}, {"p": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    optimizer = vitfn.adamw(lambda step: torch.tensor(1.0), eps=0.0)
+    params, _ = optimizer.update(grads, optimizer.init(params), params, torch.tensor(0))
+    torch.testing.assert_close(params["p"], -torch.ones(2, dtype=torch.float64), rtol=2e-7, atol=0)
+
+
 OPTIMIZERS = {
     "sgd": vitfn.sgd(vitfn.warmup_cosine(0.1, 10, 2), weight_decay=0.1),
     "adamw": vitfn.adamw(vitfn.warmup_cosine(0.1, 10, 2), weight_decay=0.1),

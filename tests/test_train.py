@@ -113,7 +113,10 @@ def refusal(capsys):
         ("--gradient_accumulation_steps=2", ["--gradient_accumulation_steps", "2", "expected 1"]),
         ("--loss_scale=128", ["--loss_scale", "128", "expected 0"]),
         ("--local_rank=1", ["--local_rank", "1", "expected -1 or 0"]),
-        ("--name=", ["--name", "missing"]),
+        ("--name=", ["--name", "none"]),
+        ("--name=../elsewhere", ["--name", "../elsewhere", "--output_dir"]),
+        ("--crop_min=nan", ["--crop_min", "nan"]),
+        ("--eval_batch_size=360", ["--eval_batch_size", "360", "359"]),
         ("--flagfile=absent.flags", ["flagfile", "absent.flags"]),
         ("--pretrained_dir=absent.npz", ["absent.npz", "No such file"]),
         ("--pretrained_dir=/", ["/: expected an npz", "directory"]),
@@ -190,7 +193,7 @@ WRONG_WEIGHTS = {
     "no ZIP": (lambda path: path.write_bytes(b"\x93NUMPY" + b"\0" * 100), "106 bytes"),
     "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
     "objects": (_objects, "head/kernel"),
-    "another model": (_whole, "not a plain Vision Transformer"),
+    "another model": (_whole, "not the arrays of this model: missing cls"),
     "another size": (lambda path: vitfn.save_npz(path, vitfn.init(SMALL), SMALL), "expected"),
 }
 

@@ -88,6 +88,14 @@ def test_patches_are_row_major_and_pixels_height_width_channel():
     assert torch.equal(tokens, images[0, 1, 5::8, 2::8].flatten())
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 24, 16), (1, 1, 16, 24), (1, 3, 32, 32)])
+def test_images_of_another_shape_are_refused(shape):
+    """Height and width exchanged have as many patches: nothing else would notice."""
+    config = dataclasses.replace(SMALL, image_size=(16, 24))
+    with pytest.raises(vitfn.config.InputError, match=r"images: found shape .* expected \(B, 3, \*\(16, 24\)\)"):
+        vitfn.apply(vitfn.init(config, 0), torch.zeros(shape), config)
+
+
 def test_init_is_google_s():
     config = vitfn.get_config("Ti/16", representation_size=192, num_layers=2)
     flat = tree.flatten(vitfn.init(config, 0))

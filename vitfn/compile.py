@@ -35,9 +35,9 @@ def compiled(function: Callable, backend: str) -> Callable:
 class CompiledStep:
     """A function of (carry, (images, labels)), built in the first compile form that works on the images' device.
 
-    `build(form, row)` makes the function for a form and a row of the table of devices. A form that fails at the first
-    call is reported, and the next one takes over: exact, as long as nothing is written before everything is compiled.
-    `form` is the form in use (None before the first call), `failures` what went wrong with those before it.
+    `build(form, row)` makes the function for a form and a row of the table of devices, once for each shape of images.
+    A form that fails at a first call is reported, and the next one takes over: exact, as long as nothing is written
+    before all is compiled. `form` is the form in use (None before the first call), `failures` what others died of.
     """
 
     def __init__(self, build: Callable[[str, device.Device], Callable], compile: str):
@@ -46,16 +46,17 @@ class CompiledStep:
         self.form: str | None = None
         self.failures: dict[str, str] = {}
         self._build, self._requested = build, compile
-        self._function: Callable | None = None
+        self._functions: dict[tuple, Callable] = {}
 
     def __call__(self, carry: Any, batch: tuple[Tensor, Tensor]) -> Any:
-        if self._function is None:
-            return self._first_call(carry, batch)
-        return self._function(carry, batch)
+        kind = (batch[0].shape, batch[0].device.type)
+        if kind not in self._functions:
+            return self._first_call(carry, batch, kind)
+        return self._functions[kind](carry, batch)
 
-    def _first_call(self, carry: Any, batch: tuple[Tensor, Tensor]) -> Any:
-        row = device.DEVICES[batch[0].device.type]
-        *compiling, last = FORMS[row.compile if self._requested == "auto" else self._requested]
+    def _first_call(self, carry: Any, batch: tuple[Tensor, Tensor], kind: tuple) -> Any:
+        row = device.row_of(batch[0].device)
+        *compiling, last = FORMS[self.form or (row.compile if self._requested == "auto" else self._requested)]
         failures = {}
         for form in compiling:
             function = self._build(form, row)
@@ -70,10 +71,11 @@ class CompiledStep:
         else:
             form, function = last, self._build(last, row)
             result = function(carry, batch)  # an error of the caller's shows here as itself
-        for failed, reason in failures.items():
+        if failures:
+            reasons = "; ".join(f"compile={failed}: {reason}" for failed, reason in failures.items())
             logging.getLogger("vitfn").warning(
-                "COMPILING FAILED with compile=%s (%s). Going on with compile=%s: the same results, at another speed.",
-                failed, reason, form,
-            )  # fmt: skip
-        self.form, self.failures, self._function = form, failures, function
+                "COMPILING FAILED (%s). Going on with compile=%s: the same results, at another speed.", reasons, form
+            )
+        self.form, self.failures = form, self.failures | failures
+        self._functions[kind] = function
         return result

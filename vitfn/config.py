@@ -62,6 +62,8 @@ class ViTConfig:
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
             raise InputError(f"image_size: found {self.image_size}, expected an integer or (height, width)")
+        if not (self.layer_norm_eps > 0 and min(self.std if isinstance(self.std, tuple) else (self.std,)) > 0):
+            raise InputError(f"layer_norm_eps, std: found {self.layer_norm_eps}, {self.std}, expected numbers above 0")
         height, width = self.image_hw
         if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
             raise InputError(
@@ -76,6 +78,8 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
+        if not (self.layer_norm_eps > 0 and min(self.std if isinstance(self.std, tuple) else (self.std,)) > 0):
+            raise InputError(f"layer_norm_eps, std: found {self.layer_norm_eps}, {self.std}, expected numbers above 0")
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 

@@ -32,6 +32,13 @@ DEVICES = {
 }
 
 
+def row_of(device: torch.device) -> Device:
+    """The row of a tensor's device. Raises InputError for one that is not in the table."""
+    if device.type not in DEVICES:
+        raise InputError(f"device: found tensors on {device.type!r}, expected one of {', '.join(DEVICES)}")
+    return DEVICES[device.type]
+
+
 def find(name: str) -> Device:
     """The row of 'auto' or of a device by name. Raises InputError for one that is unknown or not there."""
     if name == "auto":

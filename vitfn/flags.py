@@ -15,6 +15,7 @@ from vitfn.step import PRECISIONS
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+NOT_SETTINGS = ("help", "h", "flagfile")
 
 
 class _SizeParser(flags.ArgumentParser):
@@ -112,7 +113,13 @@ def train_flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("name", None, "Name of the run; its files go to <output_dir>/<name>.", flag_values=fv)
     flags.DEFINE_string("output_dir", "output", "Folder for runs.", flag_values=fv)
     flags.DEFINE_integer("train_batch_size", 512, "Images per update, over everything.", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("num_steps", 10000, "Updates to make; 0: only evaluate.", lower_bound=0, flag_values=fv)
+    flags.DEFINE_integer(
+        "num_steps",
+        10000,
+        "Updates to make; 0: only evaluate, with the file's own head, and save no model.npz.",
+        lower_bound=0,
+        flag_values=fv,
+    )
     flags.DEFINE_integer(
         "eval_every",
         100,
@@ -172,6 +179,7 @@ def run_command(
     """Parses `argv` and runs the command; returns the exit code. Bad input is one line on stderr and code 2."""
     fv = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show all flags and exit.", short_name="h", flag_values=fv)
+    flags.DEFINE_string("flagfile", "", "File of flags, one a line, that take this one's place.", flag_values=fv)
     for group in groups:
         group(fv)
     logging.basicConfig(format="vitfn: %(message)s", stream=sys.stderr)
@@ -179,7 +187,7 @@ def run_command(
     try:
         extra = fv(argv)[1:]
         if fv.help:
-            print(sys.modules["__main__"].__doc__ or "", fv.get_help(include_special_flags=False), sep="\n")
+            print(sys.modules[command.__module__].__doc__, fv.get_help(include_special_flags=False), sep="\n")
             return 0
         if extra:
             raise InputError(f"{extra[0]}: not a flag; expected --flag=value")

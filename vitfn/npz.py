@@ -24,7 +24,7 @@ from vitfn.vit import shapes
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 _LARGEST_COMMENT = 65535  # bytes, in a ZIP archive
-_ASSUMED = "a square image, tanh GELU, LayerNorm epsilon 1e-6 and pixels in [-1, 1]"
+ASSUMED = "tanh GELU, LayerNorm epsilon 1e-6 and pixels in [-1, 1]"
 
 # flax.linen numbers a block's layers by class, the 2020 files across classes.
 _LINEN_TO_ORIGINAL = {
@@ -53,11 +53,13 @@ class Description(NamedTuple):
 def describe(path: str | os.PathLike) -> Description:
     """The model in a file, as the file states it, else inferred from the shapes of its arrays."""
     with Archive(path) as archive:
-        return _describe(archive)
+        return _stated(archive) or Description(_infer(archive), None, stated=False)
 
 
-def _describe(archive: Archive) -> Description:
-    return _stated(archive) or Description(_infer(archive), None, stated=False)
+def read_description(path: str | os.PathLike) -> Description | None:
+    """The model as the file itself states it, if it does."""
+    with Archive(path) as archive:
+        return _stated(archive)
 
 
 def _stated(archive: Archive) -> Description | None:
@@ -138,32 +140,36 @@ def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
     position embeddings are resized to the config's grid; the log says each. Raises InputError for what is not an npz
     file of weights, and for missing, extra or misshapen arrays, with their names and shapes.
     """
-    log = logging.getLogger("vitfn")
+    said = []
     with Archive(path) as archive:
         stated = _stated(archive)
         if config is None:
             config = stated.config if stated else _infer(archive)
             if not stated:
-                log.warning("%s: does not state its config; assumed %s", path, _ASSUMED)
+                said.append(f"does not state its config; assumed a square image, {ASSUMED}")
         names, expected = _canonical(archive), shapes(config)
         found = {name: archive.shapes[names[name]] for name in names}
         adapted: dict[str, Tensor] = {}
-        if found.get("pre_logits/kernel") and not config.representation_size:
-            log.warning("%s: pre_logits %s dropped: the model has none", path, found.pop("pre_logits/kernel"))
+        width = found.get("pre_logits/bias", ())
+        if "pre_logits/kernel" in found and not config.representation_size:
+            said.append(f"pre_logits {found.pop('pre_logits/kernel')} dropped: the model has none")
             found.pop("pre_logits/bias", None)
-        if any(found.get(name) != expected[name] for name in ("head/kernel", "head/bias")):
-            shape = found.pop("head/kernel", "none")
-            log.warning("%s: head %s replaced by zeros %s", path, shape, expected["head/kernel"])
-            found.pop("head/bias", None)
+        kernel, bias = found.get("head/kernel"), found.get("head/bias")
+        other_width = "pre_logits/bias" not in found and kernel and kernel[:1] == width != expected["head/kernel"][:1]
+        if (kernel is None and bias is None) or (bias and bias != expected["head/bias"]) or other_width:
+            said.append(f"head {kernel or 'none'} replaced by zeros {expected['head/kernel']}")
+            found = {name: shape for name, shape in found.items() if name not in ("head/kernel", "head/bias")}
             adapted |= {name: torch.zeros(expected[name]) for name in ("head/kernel", "head/bias")}
         positions = found.get(_POSITIONS, ())
         same = config.grid == stated.config.grid if stated else positions == expected[_POSITIONS]
         if len(positions) == 3 and not same and positions[::2] == expected[_POSITIONS][::2]:
             old, new = (stated.config if stated else _infer(archive)).grid, config.grid
-            log.warning("%s: position embeddings resized from %dx%d to %dx%d patches", path, *old, *new)
+            said.append(f"position embeddings resized from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
             adapted[_POSITIONS] = resize_positions(archive.read(names[_POSITIONS]), old, new)
             del found[_POSITIONS]
         _compare(found, {name: shape for name, shape in expected.items() if name not in adapted}, path)
+        for line in said:
+            logging.getLogger("vitfn").warning("%s: %s", path, line)
         with ThreadPoolExecutor(4) as pool:  # reading and checksumming leave the interpreter lock
             leaves = pool.map(lambda name: adapted[name] if name in adapted else archive.read(names[name]), expected)
             return tree.unflatten(dict(zip(expected, leaves, strict=True)))
@@ -205,6 +211,9 @@ def save_npz(
     """
     if layout not in _NAMES_IN:
         raise InputError(f"layout: found {layout!r}, expected one of {', '.join(_NAMES_IN)}")
+    if class_names and (config is None or len(class_names) != config.num_classes):
+        expected = f"{config.num_classes}, as the config has" if config else "a config beside them"
+        raise InputError(f"class_names: found {len(class_names)}, expected {expected}")
     flat = tree.flatten(params)
     comment = b""
     if config:

@@ -157,9 +157,9 @@ def adamw(
         torch._foreach_add_(mu, g, alpha=1 - b1)
         torch._foreach_mul_(nu, _unless(finite, b2, 1.0))
         torch._foreach_addcmul_(nu, g, g, value=1 - b2)
-        denominator = torch._foreach_sqrt(torch._foreach_div(nu, 1 - _power(b2, t)))
+        denominator = torch._foreach_sqrt(torch._foreach_div(nu, _one_minus_power(b2, t)))
         torch._foreach_add_(denominator, eps)
-        torch._foreach_mul_(denominator, 1 - _power(b1, t))
+        torch._foreach_mul_(denominator, _one_minus_power(b1, t))
         direction = torch._foreach_div(mu, denominator)
         if weight_decay:
             torch._foreach_add_(direction, p, alpha=weight_decay)
@@ -170,5 +170,6 @@ def adamw(
     return Optimizer(init, update, schedule)
 
 
-def _power(base: float, exponent: Tensor) -> Tensor:
-    return torch.exp(math.log(base) * exponent.to(torch.float32)) if base else torch.zeros_like(_float(exponent))
+def _one_minus_power(base: float, exponent: Tensor) -> Tensor:
+    """1 - base^exponent without the cancellation that a base close to 1 brings."""
+    return -torch.expm1(math.log(base) * _float(exponent)) if base else torch.ones_like(_float(exponent))

@@ -116,8 +116,13 @@ def fit(
                 rows, elapsed = unread.read()
                 for step, row in enumerate(rows, done - len(rows) + 1):
                     directory.log(step, row)
-                    if not math.isfinite(row["train/grad_norm"]):
-                        log.warning("step %d: gradients not finite, loss %s; update skipped", step, row["train/loss"])
+                skipped = [
+                    i for i, row in enumerate(rows, done - len(rows) + 1) if not math.isfinite(row["train/grad_norm"])
+                ]
+                if skipped:
+                    log.warning(
+                        "step %d: gradients not finite; %d of %d updates skipped", skipped[0], len(skipped), len(rows)
+                    )
                 latest.update(rows[-1])
                 seconds.append(elapsed)
                 bar.set_description("training")

@@ -1,6 +1,5 @@
 """The train step and the eval step: functions of (state, batch), compiled as a whole, by block, or not at all."""
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -56,7 +55,7 @@ def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[[Tree], tuple[Tre
         flat = {path: leaf.detach().requires_grad_() for path, leaf in tree.flatten(params).items()}
         value = loss(tree.unflatten(flat))
         grads = torch.autograd.grad(value, list(flat.values()), allow_unused=True, materialize_grads=True)
-        return tree.unflatten(dict(zip(flat, grads, strict=True))), value.detach()
+        return tree.unflatten({path: grad.detach() for path, grad in zip(flat, grads, strict=True)}), value.detach()
 
     return function
 
@@ -66,12 +65,14 @@ def _fused_block(params, x, config, keys=None, taps=None):
 
 
 def _make_forward(config: ViTConfig, precision: str, form: str, row: Device) -> Callable[..., Tensor]:
-    """(params, images, keys) -> float32 logits, under autocast, with one compiled block for all layers if so asked."""
+    """(params, images, keys) -> logits, float32 after autocast, with one compiled block for all layers if so asked."""
     dtype = PRECISIONS[precision]
     block = compiled(_fused_block, row.backend) if form == "block" else _fused_block
 
     def logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        with torch.autocast(row.name, dtype) if dtype else contextlib.nullcontext():
+        if dtype is None:
+            return forward(params, images, config, keys, block=block)
+        with torch.autocast(row.name, dtype):
             return forward(params, images, config, keys, block=block).float()
 
     return logits
@@ -92,7 +93,7 @@ def make_train_step(
     seed: int = 0,
     donate: bool = True,
 ) -> CompiledStep:
-    """`train_step(state, (images, labels)) -> (state, metrics)`: softmax cross-entropy and one update.
+    """`train_step(state, (images, labels)) -> (state, metrics)`: softmax cross-entropy, one update by an `Optimizer`.
 
     Images are (B, C, H, W), normalised, labels (B,) int64, all on the state's device. The metrics stay there as 0-d
     tensors: `loss`, `grad_norm` (global, before clipping to `max_grad_norm`) and `learning_rate`. An update whose
@@ -111,9 +112,9 @@ def make_train_step(
 
         def update(step, params, opt_state, images, labels, keys):
             grads, loss = transform(lambda params: F.cross_entropy(logits(params, images, keys), labels))(params)
-            norm = tree.norm(grads)
-            metrics = {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
             with torch.no_grad():
+                norm = tree.norm(grads)
+                metrics = {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
                 grads = clip_by_global_norm(grads, norm, max_grad_norm)
                 params, opt_state = optimizer.update(
                     grads, opt_state, params, step, finite=norm.isfinite(), donate=True
@@ -125,8 +126,8 @@ def make_train_step(
 
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             (step, params, opt_state), (images, labels) = state._read(), batch
-            if not donate:
-                params, opt_state = tree.clone(params), tree.clone(opt_state)
+            own = torch.Tensor.detach if donate else lambda leaf: leaf.detach().clone()
+            params, opt_state = tree.map(own, params), tree.map(own, opt_state)
             keys = None
             if drops:
                 keys = dropout_keys(config, seed, step, torch.arange(len(images), device=images.device))

@@ -6,6 +6,7 @@ import math
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ def train(fv: FlagValues) -> None:
     directory = RunDirectory(fv.output_dir, fv.name)
     config = _config(fv)
     dataset = load(fv.dataset, fv.data_dir, fv.download)
-    if fv.train_batch_size > len(dataset.train.labels):
-        raise InputError(
-            f"--train_batch_size: found {fv.train_batch_size}, expected at most {len(dataset.train.labels)}, "
-            f"the training images of {fv.dataset}"
-        )
+    for flag, split in (("train_batch_size", dataset.train), ("eval_batch_size", dataset.test)):
+        if (found := getattr(fv, flag)) > (count := len(split.labels)):
+            raise InputError(
+                f"--{flag}: found {found}, expected at most the {count} images that {fv.dataset} has for it"
+            )
     channels = dataset.train.images.shape[1]
     config = dataclasses.replace(config, num_classes=len(dataset.class_names), channels=channels)
     params = tree.to(_starting_params(fv, config), row.name)
@@ -58,11 +59,16 @@ def train(fv: FlagValues) -> None:
         images = augment(training.images[index], config, seed=fv.seed, step=step, crop_min=fv.crop_min, flip=fv.flip)
         return images, training.labels[index]
 
+    def after_first_step() -> None:
+        nonlocal eval_step  # in the form that works, so that one that fails is tried and reported once
+        eval_step = make_eval_step(config, precision=precision, compile=train_step.form or fv.compile)
+        describe_run()
+
     def describe_run() -> None:
         steps = {"train": train_step, "eval": eval_step}
         compiled = {name: {"form": step.form, "failures": step.failures} for name, step in steps.items()}
         directory.write_config(
-            fv.flag_values_dict()
+            {name: value for name, value in fv.flag_values_dict().items() if name not in flags.NOT_SETTINGS}
             | {
                 "command": shlex.join(sys.argv),
                 "model": dataclasses.asdict(config) | {"parameters": tree.size(params)},
@@ -71,6 +77,8 @@ def train(fv: FlagValues) -> None:
             }
         )
 
+    if fv.pretrained_dir and npz.read_description(fv.pretrained_dir) is None:
+        log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, npz.ASSUMED)
     if 0 < fv.num_steps < fv.warmup_steps:
         log.warning(
             "--warmup_steps=%d exceeds --num_steps=%d: the rate never reaches its peak", fv.warmup_steps, fv.num_steps
@@ -85,7 +93,7 @@ def train(fv: FlagValues) -> None:
             lambda params: evaluate(eval_step, params, testing, config, fv.eval_batch_size),
             num_steps=fv.num_steps,
             eval_every=fv.eval_every,
-            after_first_step=describe_run,
+            after_first_step=after_first_step,
         )
         describe_run()
         if fv.num_steps:
@@ -96,8 +104,8 @@ def train(fv: FlagValues) -> None:
 
 
 def _check(fv: FlagValues) -> None:
-    if not fv.name:
-        raise InputError("--name: missing; expected a name for the run")
+    if not fv.name or fv.name in (".", "..") or Path(fv.name).name != fv.name:
+        raise InputError(f"--name: found {fv.name or 'none'}, expected a name for the run's folder in --output_dir")
     if fv.fp16:
         if fv.precision not in ("auto", "float16"):
             raise InputError(f"--fp16 and --precision={fv.precision} contradict each other; expected one of them")
@@ -107,7 +115,7 @@ def _check(fv: FlagValues) -> None:
             raise InputError(
                 f"--{name}: found {value}, which is not built yet; expected {' or '.join(map(str, accepted))}"
             )
-    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "crop_min"):
         if not math.isfinite(value := getattr(fv, name)):
             raise InputError(f"--{name}: found {value}, expected a finite number")
     if fv.max_grad_norm <= 0:
@@ -117,9 +125,8 @@ def _check(fv: FlagValues) -> None:
 def _config(fv: FlagValues) -> ViTConfig:
     """The model by the flags, for any dataset; what flags leave open is the file's, or else Google's."""
     overrides: dict[str, Any] = {"image_size": fv.img_size}
-    if fv.pretrained_dir:
-        described = npz.describe(fv.pretrained_dir).config
-        overrides |= {name: getattr(described, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
+    if fv.pretrained_dir and (stated := npz.read_description(fv.pretrained_dir)):
+        overrides |= {name: getattr(stated.config, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
     overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
     try:
         return get_config(fv.model_type, **overrides)

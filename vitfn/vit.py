@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitfn import layers, rng, tree
 from vitfn.config import ViTConfig
+from vitfn.errors import InputError
 from vitfn.tree import Tree
 
 
@@ -72,6 +73,10 @@ def init(config: ViTConfig, seed: int = 0) -> Tree:
 def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
     """Equation 1: patch embedding, class token first, plus position embedding: (B, C, H, W) -> (B, N, D)."""
     P = config.patch_size
+    if tuple(images.shape[1:]) != (config.channels, *config.image_hw):
+        raise InputError(
+            f"images: found shape {tuple(images.shape)}, expected (B, {config.channels}, *{config.image_hw})"
+        )
     patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=P)  # (B, N, P P C)
     kernel = params["embedding"]["kernel"].flatten(0, 2)  # (P P C, D)
     x = layers.dense({"kernel": kernel, "bias": params["embedding"]["bias"]}, patches)  # (B, N, D)

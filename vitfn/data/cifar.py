@@ -83,11 +83,9 @@ def load(name: str, data_dir: str, download: bool = False) -> Dataset:
     if download and not archive.exists() and not folder.is_dir():
         download_file(source.url, archive, source.size, source.md5)
     if archive.exists():
-        _check(archive, source.md5)
-        contents = _read_archive(archive, source)
-        where = archive
+        contents, where = _read_archive(archive, source), archive
     elif folder.is_dir():
-        contents = _read_folder(folder, source)
+        contents = {name: (folder / name).read_bytes() for name in source.files if (folder / name).is_file()}
         where = folder
     else:
         raise InputError(
@@ -102,12 +100,13 @@ def load(name: str, data_dir: str, download: bool = False) -> Dataset:
         ]
         return Split(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
 
-    return Dataset(split(source.train), split(source.test), names)
-
-
-def _check(path: Path, official: str) -> None:
-    if (found := md5(path)) != official:
-        logging.getLogger("vitfn").warning("%s: MD5 %s is not the official %s", path, found, official)
+    dataset = Dataset(split(source.train), split(source.test), names)
+    for path, official in (
+        [(archive, source.md5)] if where == archive else [(folder / n, source.files[n]) for n in contents]
+    ):
+        if (found := md5(path)) != official:
+            logging.getLogger("vitfn").warning("%s: MD5 %s is not the official %s", path, found, official)
+    return dataset
 
 
 def _read_archive(archive: Path, source: _Source) -> dict[str, bytes]:
@@ -125,15 +124,6 @@ def _read_archive(archive: Path, source: _Source) -> dict[str, bytes]:
         raise InputError(
             f"{archive}: found a damaged archive ({error}), expected {source.size:,} bytes; fetch it again"
         ) from None
-    return contents
-
-
-def _read_folder(folder: Path, source: _Source) -> dict[str, bytes]:
-    contents = {}
-    for name, official in source.files.items():
-        if (folder / name).is_file():
-            _check(folder / name, official)
-            contents[name] = (folder / name).read_bytes()
     return contents
 
 

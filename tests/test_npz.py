@@ -431,6 +431,7 @@ def test_a_json_file_that_is_gone_or_damaged_is_named(tmp_path, beside):
     (tmp_path / "a.json").unlink() if beside is None else (tmp_path / "a.json").write_bytes(beside)
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "a.json"))):
         npz.describe(tmp_path / "a.npz")
+    assert_equal(vitfn.load_npz(tmp_path / "a.npz"), random_params(SMALL))  # the config is in the file itself
 
 
 OTHERS = [

@@ -1,11 +1,12 @@
 """Google's npz files in and out: the original (2020) names and flax.linen's, read into one canonical tree."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,32 +54,53 @@ class Description(NamedTuple):
 def describe(path: str | os.PathLike) -> Description:
     """The model in a file, as the file states it, else inferred from the shapes of its arrays."""
     with Archive(path) as archive:
-        return _stated(archive) or Description(_infer(archive), None, stated=False)
+        config = _stated_config(archive)
+        return Description(config or _infer(archive), _class_names(archive), stated=config is not None)
 
 
-def read_description(path: str | os.PathLike) -> Description | None:
-    """The model as the file itself states it, if it does."""
+def stated_config(path: str | os.PathLike) -> ViTConfig | None:
+    """The config that the file itself states, if it does; nothing is inferred."""
     with Archive(path) as archive:
-        return _stated(archive)
+        return _stated_config(archive)
 
 
-def _stated(archive: Archive) -> Description | None:
-    """What the archive's comment says, if it is one of ours; it has to fit the arrays."""
+def _comment(archive: Archive) -> dict[str, Any] | None:
+    """The archive's comment, if it is one of ours."""
     try:
-        stated = json.loads(archive.comment)["vitfn"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # no comment, or somebody else's
+        comment = json.loads(archive.comment)
+    except (ValueError, RecursionError):
         return None
-    source = archive.path
+    return comment if isinstance(comment, dict) and "vitfn" in comment else None
+
+
+@contextlib.contextmanager
+def _describing(path: str) -> Iterator[None]:
     try:
-        config, class_names = ViTConfig(**stated["config"]), stated["class_names"]
-        if "class_names_in" in stated:
-            source = str(Path(archive.path).with_name(stated["class_names_in"]))
-            class_names = json.loads(Path(source).read_bytes())["class_names"]
+        yield
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise InputError(f"{source}: found no description of a model that this version can read ({error})") from None
+        raise InputError(f"{path}: found no description of a model that this version can read ({error})") from None
+
+
+def _stated_config(archive: Archive) -> ViTConfig | None:
+    """The config that the archive states, which has to fit its arrays."""
+    if (comment := _comment(archive)) is None:
+        return None
+    with _describing(archive.path):
+        config = ViTConfig(**comment["vitfn"]["config"])
     found = {path: archive.shapes[name] for path, name in _canonical(archive).items()}
     _compare(found, shapes(config), archive.path)
-    return Description(config, tuple(class_names) if class_names else None, stated=True)
+    return config
+
+
+def _class_names(archive: Archive) -> tuple[str, ...] | None:
+    if (comment := _comment(archive)) is None:
+        return None
+    names = comment["vitfn"].get("class_names")
+    if beside := comment["vitfn"].get("class_names_in"):
+        beside = str(Path(archive.path).with_name(beside))
+        with _describing(beside):
+            names = json.loads(Path(beside).read_bytes())["class_names"]
+    return tuple(names) if names else None
 
 
 def _canonical(archive: Archive) -> dict[str, str]:
@@ -142,9 +164,9 @@ def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
     """
     said = []
     with Archive(path) as archive:
-        stated = _stated(archive)
+        stated = _stated_config(archive)
         if config is None:
-            config = stated.config if stated else _infer(archive)
+            config = stated or _infer(archive)
             if not stated:
                 said.append(f"does not state its config; assumed a square image, {ASSUMED}")
         names, expected = _canonical(archive), shapes(config)
@@ -161,9 +183,9 @@ def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
             found = {name: shape for name, shape in found.items() if name not in ("head/kernel", "head/bias")}
             adapted |= {name: torch.zeros(expected[name]) for name in ("head/kernel", "head/bias")}
         positions = found.get(_POSITIONS, ())
-        same = config.grid == stated.config.grid if stated else positions == expected[_POSITIONS]
+        same = config.grid == stated.grid if stated else positions == expected[_POSITIONS]
         if len(positions) == 3 and not same and positions[::2] == expected[_POSITIONS][::2]:
-            old, new = (stated.config if stated else _infer(archive)).grid, config.grid
+            old, new = (stated or _infer(archive)).grid, config.grid
             said.append(f"position embeddings resized from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
             adapted[_POSITIONS] = resize_positions(archive.read(names[_POSITIONS]), old, new)
             del found[_POSITIONS]

@@ -77,7 +77,7 @@ def train(fv: FlagValues) -> None:
             }
         )
 
-    if fv.pretrained_dir and npz.read_description(fv.pretrained_dir) is None:
+    if fv.pretrained_dir and npz.stated_config(fv.pretrained_dir) is None:
         log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, npz.ASSUMED)
     if 0 < fv.num_steps < fv.warmup_steps:
         log.warning(
@@ -125,8 +125,8 @@ def _check(fv: FlagValues) -> None:
 def _config(fv: FlagValues) -> ViTConfig:
     """The model by the flags, for any dataset; what flags leave open is the file's, or else Google's."""
     overrides: dict[str, Any] = {"image_size": fv.img_size}
-    if fv.pretrained_dir and (stated := npz.read_description(fv.pretrained_dir)):
-        overrides |= {name: getattr(stated.config, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
+    if fv.pretrained_dir and (stated := npz.stated_config(fv.pretrained_dir)):
+        overrides |= {name: getattr(stated, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
     overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
     try:
         return get_config(fv.model_type, **overrides)

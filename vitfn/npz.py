@@ -87,8 +87,7 @@ def _stated_config(archive: Archive) -> ViTConfig | None:
         return None
     with _describing(archive.path):
         config = ViTConfig(**comment["vitfn"]["config"])
-    found = {path: archive.shapes[name] for path, name in _canonical(archive).items()}
-    _compare(found, shapes(config), archive.path)
+    _compare(_shapes_by_path(archive), shapes(config), archive.path)
     return config
 
 
@@ -113,8 +112,12 @@ def _canonical(archive: Archive) -> dict[str, str]:
     return names
 
 
+def _shapes_by_path(archive: Archive) -> dict[str, tuple[int, ...]]:
+    return {path: archive.shapes[name] for path, name in _canonical(archive).items()}
+
+
 def _infer(archive: Archive) -> ViTConfig:
-    found = {path: archive.shapes[name] for path, name in _canonical(archive).items()}
+    found = _shapes_by_path(archive)
     block = "Transformer/encoderblock_0"
     try:
         patch_size, _, channels, hidden_size = found["embedding/kernel"]
@@ -130,9 +133,8 @@ def _infer(archive: Archive) -> ViTConfig:
             "num_heads": num_heads,
             "mlp_dim": mlp_dim,
             "classifier": classifier,
-            "num_classes": found.get("head/bias", (1000,))[0],
-            "representation_size": found.get("pre_logits/bias", (None,))[0],
         }
+        num_classes, representation_size = found.get("head/bias", (1000,))[0], found.get("pre_logits/bias", (None,))[0]
         side = math.isqrt(patches)
     except (KeyError, IndexError, ValueError):
         names = ", ".join(sorted(found)[:3])
@@ -143,14 +145,16 @@ def _infer(archive: Archive) -> ViTConfig:
         raise InputError(f"{archive.path}: found {patches} patch positions, expected a square number of them")
     for name in model_names():
         published = get_config(name)
-        if all(
-            getattr(published, field) == value
-            for field, value in sizes.items()
-            if field not in ("num_classes", "representation_size")
-        ):
+        if all(getattr(published, field) == value for field, value in sizes.items()):
             sizes |= {"name": name, "dropout_rate": published.dropout_rate}
     try:
-        return ViTConfig(**sizes, image_size=side * patch_size, channels=channels)
+        return ViTConfig(
+            **sizes,
+            image_size=side * patch_size,
+            channels=channels,
+            num_classes=num_classes,
+            representation_size=representation_size,
+        )
     except InputError as error:
         raise InputError(f"{archive.path}: {error}") from None
 
@@ -169,16 +173,17 @@ def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
             config = stated or _infer(archive)
             if not stated:
                 said.append(f"does not state its config; assumed a square image, {ASSUMED}")
-        names, expected = _canonical(archive), shapes(config)
-        found = {name: archive.shapes[names[name]] for name in names}
+        names, expected, found = _canonical(archive), shapes(config), _shapes_by_path(archive)
         adapted: dict[str, Tensor] = {}
-        width = found.get("pre_logits/bias", ())
+        dropped: tuple[int, ...] = ()  # (width,) of a pre_logits layer that the head sat on
         if "pre_logits/kernel" in found and not config.representation_size:
             said.append(f"pre_logits {found.pop('pre_logits/kernel')} dropped: the model has none")
-            found.pop("pre_logits/bias", None)
+            dropped = found.pop("pre_logits/bias", ())
         kernel, bias = found.get("head/kernel"), found.get("head/bias")
-        other_width = "pre_logits/bias" not in found and kernel and kernel[:1] == width != expected["head/kernel"][:1]
-        if (kernel is None and bias is None) or (bias and bias != expected["head/bias"]) or other_width:
+        absent = kernel is None and bias is None
+        other_classes = bias and bias != expected["head/bias"]
+        other_width = kernel and kernel[:1] == dropped != expected["head/kernel"][:1]
+        if absent or other_classes or other_width:
             said.append(f"head {kernel or 'none'} replaced by zeros {expected['head/kernel']}")
             found = {name: shape for name, shape in found.items() if name not in ("head/kernel", "head/bias")}
             adapted |= {name: torch.zeros(expected[name]) for name in ("head/kernel", "head/bias")}

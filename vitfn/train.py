@@ -36,7 +36,8 @@ def train(fv: FlagValues) -> None:
     _check(fv)
     row = device.find(fv.device)
     directory = RunDirectory(fv.output_dir, fv.name)
-    config = _config(fv)
+    stated = npz.stated_config(fv.pretrained_dir) if fv.pretrained_dir else None
+    config = _config(fv, stated)
     dataset = load(fv.dataset, fv.data_dir, fv.download)
     for flag, split in (("train_batch_size", dataset.train), ("eval_batch_size", dataset.test)):
         if (found := getattr(fv, flag)) > (count := len(split.labels)):
@@ -77,7 +78,7 @@ def train(fv: FlagValues) -> None:
             }
         )
 
-    if fv.pretrained_dir and npz.stated_config(fv.pretrained_dir) is None:
+    if fv.pretrained_dir and not stated:
         log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, npz.ASSUMED)
     if 0 < fv.num_steps < fv.warmup_steps:
         log.warning(
@@ -122,10 +123,10 @@ def _check(fv: FlagValues) -> None:
         raise InputError(f"--max_grad_norm: found {fv.max_grad_norm}, expected a number above 0")
 
 
-def _config(fv: FlagValues) -> ViTConfig:
-    """The model by the flags, for any dataset; what flags leave open is the file's, or else Google's."""
+def _config(fv: FlagValues, stated: ViTConfig | None) -> ViTConfig:
+    """The model by the flags, for any dataset; what they leave open is what the file states, or else Google's."""
     overrides: dict[str, Any] = {"image_size": fv.img_size}
-    if fv.pretrained_dir and (stated := npz.stated_config(fv.pretrained_dir)):
+    if stated:
         overrides |= {name: getattr(stated, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
     overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
     try:

@@ -84,9 +84,11 @@ def load(name: str, data_dir: str, download: bool = False) -> Dataset:
         download_file(source.url, archive, source.size, source.md5)
     if archive.exists():
         contents, where = _read_archive(archive, source), archive
+        official = {archive: source.md5}
     elif folder.is_dir():
         contents = {name: (folder / name).read_bytes() for name in source.files if (folder / name).is_file()}
         where = folder
+        official = {folder / name: source.files[name] for name in contents}
     else:
         raise InputError(
             f"--dataset={name}: found neither {archive} nor {folder}; get {source.url} ({source.size:,} bytes, "
@@ -101,11 +103,9 @@ def load(name: str, data_dir: str, download: bool = False) -> Dataset:
         return Split(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
 
     dataset = Dataset(split(source.train), split(source.test), names)
-    for path, official in (
-        [(archive, source.md5)] if where == archive else [(folder / n, source.files[n]) for n in contents]
-    ):
-        if (found := md5(path)) != official:
-            logging.getLogger("vitfn").warning("%s: MD5 %s is not the official %s", path, found, official)
+    for path, checksum in official.items():
+        if (found := md5(path)) != checksum:
+            logging.getLogger("vitfn").warning("%s: MD5 %s is not the official %s", path, found, checksum)
     return dataset
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitfn.archive import Archive, write_archive
+from vitfn import archive
+from vitfn.archive import Archive
 from vitfn.errors import InputError
 from vitfn.files import replacing
 
@@ -31,9 +32,13 @@ def tensors(arrays: dict) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def write_archive(path, arrays: dict[str, torch.Tensor], comment: bytes = b"") -> None:
+    archive.write_archive(path, arrays.items(), comment)
+
+
 def read(path) -> dict[str, torch.Tensor]:
-    with Archive(path) as archive:
-        return {name: archive.read(name) for name in archive.shapes}
+    with Archive(path) as file:
+        return {name: file.read(name)[0] for name in file.shapes}
 
 
 def assert_refused(message: str, path) -> None:
@@ -90,10 +95,10 @@ def test_what_is_written_is_read(tmp_path, writer):
     path = tmp_path / "a.npz"
     write_archive(path, tensors(ARRAYS)) if writer == "vitfn" else getattr(np, writer)(path, **ARRAYS)
     assert_same(read(path), ARRAYS)
-    with Archive(str(path)) as archive:
-        assert archive.shapes == {name: array.shape for name, array in ARRAYS.items()}
-        assert list(archive.shapes) == list(ARRAYS)
-        assert archive.comment == b""
+    with Archive(str(path)) as file:
+        assert file.shapes == {name: array.shape for name, array in ARRAYS.items()}
+        assert list(file.shapes) == list(ARRAYS)
+        assert file.comment == b""
 
 
 def test_numpy_reads_what_is_written(tmp_path):
@@ -209,7 +214,7 @@ def test_a_pickle_in_the_place_of_an_array_is_refused_and_not_executed(tmp_path)
     assert not made.exists()
 
 
-@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64", "U3", "V2", "datetime64[s]"])
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64", "U3", "V3", "datetime64[s]"])
 def test_arrays_of_other_than_floats_are_refused(tmp_path, dtype):
     np.savez(tmp_path / "a.npz", good=ARRAYS["cls"], **{"head/bias": np.zeros(3, dtype)})
     assert re.search(r"head/bias: found an array of .*, expected floating-point numbers", refusal(tmp_path / "a.npz"))
@@ -438,7 +443,7 @@ KILLS = """
     from vitfn.archive import Archive, write_archive
 
     def write(path, version):
-        write_archive(path, {f"{i}": torch.full((10_000,), float(version)) for i in range(40)})
+        write_archive(path, ((f"{i}", torch.full((10_000,), float(version))) for i in range(40)))
 
     random.seed(0)
     path, midway, versions = Path(sys.argv[1]), 0, set()
@@ -458,7 +463,7 @@ KILLS = """
             midway += 1
             temporary.unlink()
         with Archive(path) as archive:
-            leaves = [archive.read(f"{i}") for i in range(40)]
+            leaves = [archive.read(f"{i}")[0] for i in range(40)]
         (version,) = set(torch.cat(leaves).tolist())
         versions.add(version)
         if midway >= 10 and len(versions) >= 2:

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL
 from test_data import FOREIGN, cifar_contents, write_cifar
 
 import vitfn
-from vitfn import flags, npz, run, train
+from vitfn import flags, run, train, weights
 from vitfn.errors import InputError
 
 MODEL = "ViT-Nano_8"
@@ -320,7 +320,7 @@ def test_metrics_of_every_step(finished):
 @pytest.mark.slow
 def test_the_model_of_a_run_can_be_loaded(finished):
     path = finished[0] / "model.npz"
-    config, class_names, stated = npz.describe(path)
+    config, class_names, stated = weights.describe(path)
     assert stated
     assert config == vitfn.get_config(MODEL, image_size=32, num_classes=10)
     assert class_names == tuple("0123456789")

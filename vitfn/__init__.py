@@ -2,10 +2,9 @@
 
 __version__ = "0.1.0"
 
+from vitfn.config import ResNetConfig as ResNetConfig
 from vitfn.config import ViTConfig as ViTConfig
 from vitfn.config import get_config as get_config
-from vitfn.npz import load_npz as load_npz
-from vitfn.npz import save_npz as save_npz
 from vitfn.optim import adamw as adamw
 from vitfn.optim import sgd as sgd
 from vitfn.optim import warmup_cosine as warmup_cosine
@@ -16,3 +15,7 @@ from vitfn.step import make_train_step as make_train_step
 from vitfn.vit import apply as apply
 from vitfn.vit import init as init
 from vitfn.vit import shapes as shapes
+from vitfn.weights import load as load
+from vitfn.weights import load_npz as load_npz
+from vitfn.weights import save as save
+from vitfn.weights import save_npz as save_npz

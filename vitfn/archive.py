@@ -6,7 +6,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from vitfn.errors import InputError
 from vitfn.files import replacing
 
 _CHUNK = 1 << 20  # bytes; small enough to be checksummed and copied while in the cache
+_LARGEST_EXPANSION = 64 << 20, 16  # an archive holds at most so many bytes, plus so many times its own size
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 @contextlib.contextmanager
-def _blaming(what: str) -> Iterator[None]:
+def blaming(what: str, found: str = "damaged, or not an array of numbers") -> Iterator[None]:
     """Whatever goes wrong with foreign bytes becomes one line that says where."""
     try:
         yield
@@ -30,7 +31,7 @@ def _blaming(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{what}: damaged, or not an array of numbers ({reason})") from None
+        raise InputError(f"{what}: {found} ({reason})") from None
 
 
 class _Stored:
@@ -65,26 +66,34 @@ class _Stored:
 
 
 class Archive:
-    """An npz file open for reading: `shapes` by array name, the archive's `comment`, and arrays on demand.
+    """An npz file open for reading: `shapes` and `dtypes` by array name, the archive's `comment`, arrays on demand.
 
     Raises InputError for what is not such a file; object arrays, which could run code, are never opened.
     """
+
+    kind = "npz"
+    owned = True
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         try:
             self._zip = zipfile.ZipFile(path)
         except OSError as error:
-            raise InputError(f"{path}: expected an npz file of weights, found: {error.strerror or error}") from None
+            raise InputError(f"{path}: expected a file of weights, found: {error.strerror or error}") from None
         except Exception:  # zipfile has several for what is not a ZIP archive
-            raise InputError(f"{path}: expected an npz file of weights, found {_what_is(self.path)}") from None
+            raise InputError(f"{path}: expected a file of weights, found {what_is(self.path)}") from None
         self._check_directory()
         self.comment = self._zip.comment
         self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for name, info in self._members.items():
-            with _blaming(f"{path}: {name}"), self._zip.open(info) as file:
-                self.shapes[name] = self._header(file, name)[0]
+            with blaming(f"{path}: {name}"), self._zip.open(info) as file:
+                shape, _, dtype = _header(file)
+                expected, found = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+                if expected != found and not dtype.hasobject:
+                    raise InputError(f"{path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
+            self.shapes[name], self.dtypes[name] = shape, _dtype_name(dtype)
 
     def __enter__(self) -> "Archive":
         return self
@@ -99,12 +108,16 @@ class Archive:
             file.seek(-len(self._zip.comment) - 12, os.SEEK_END)
             entries, _, _, length = struct.unpack("<HIIH", file.read(12))
         if entries != len(members) or length != len(self._zip.comment):
-            raise InputError(f"{self.path}: expected an npz file of weights, found {_what_is(self.path)}")
+            raise InputError(f"{self.path}: expected a file of weights, found {what_is(self.path)}")
         if not members:
-            raise InputError(f"{self.path}: expected an npz file of weights, found a ZIP archive without arrays")
+            raise InputError(f"{self.path}: expected a file of weights, found a ZIP archive without arrays")
         for info in members:
             if not info.filename.endswith(".npy"):
                 raise InputError(f"{self.path}: found a member {info.filename}, expected .npy arrays only")
+        slack, factor = _LARGEST_EXPANSION
+        size, found = os.path.getsize(self.path), sum(info.file_size for info in members)
+        if found > slack + factor * size:
+            raise InputError(f"{self.path}: found {found:,} bytes of arrays packed into {size:,}, which no weights are")
 
     def _open(self, info: zipfile.ZipInfo) -> Any:
         """The member as a file with readinto."""
@@ -114,35 +127,54 @@ class Archive:
         file.close()
         return _Stored(self.path, info)
 
-    def _header(self, file, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-        shape, fortran_order, dtype = _HEADERS[npy.read_magic(file)](file)
-        if dtype.kind != "f":
-            kind = "Python objects" if dtype.hasobject else str(dtype)
-            raise InputError(f"{self.path}: {name}: found an array of {kind}, expected floating-point numbers")
-        return shape, fortran_order, dtype
-
-    def read(self, name: str) -> Tensor:
-        """One array as a float32 tensor on the CPU, its CRC checked on the way."""
+    def read(self, name: str, parts: int = 1) -> list[Tensor]:
+        """One array as float32 tensors on the CPU, equal parts of its first axis; its CRC is checked on the way."""
         info = self._members[name]
-        with _blaming(f"{self.path}: {name}"), self._open(info) as file:
-            shape, fortran_order, dtype = self._header(file, name)
-            shape = shape[::-1] if fortran_order else shape
-            expected, found = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-            if expected != found:
-                raise InputError(f"{self.path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
-            leaf = torch.empty(shape)
-            array = leaf.numpy() if dtype == np.float32 else np.empty(shape, dtype)
+        with blaming(f"{self.path}: {name}"), self._open(info) as file:
+            shape, fortran_order, dtype = _header(file)
+            if self.dtypes[name] not in _FLOATS:
+                raise InputError(
+                    f"{self.path}: {name}: found an array of {self.dtypes[name]}, expected floating-point numbers"
+                )
+            if fortran_order:
+                (leaf,) = self._fill(file, [torch.empty(shape[::-1])], dtype)
+                whole = leaf.permute(*range(leaf.ndim)[::-1])
+                return [part.clone(memory_format=torch.contiguous_format) for part in whole.chunk(parts)]
+            lengths = (shape[0] // parts, *shape[1:]) if shape else shape
+            return self._fill(file, [torch.empty(lengths) for _ in range(parts)], dtype)
+
+    def _fill(self, file, leaves: list[Tensor], dtype: np.dtype) -> list[Tensor]:
+        """The leaves, filled one after the other from the member's bytes; at a member's end its CRC is compared."""
+        for leaf in leaves:
+            array = leaf.numpy() if dtype == np.float32 else np.empty(leaf.shape, dtype)
             memory, done = array.reshape(-1).view(np.uint8).data, 0
-            while done < expected:  # at a member's end its CRC is compared
+            while done < memory.nbytes:
                 if not (count := file.readinto(memory[done : done + _CHUNK])):
                     raise EOFError("the data end early")
                 done += count
-            if dtype != np.float32:
+            if dtype.kind == "V":
+                leaf.copy_(torch.from_numpy(array.view(np.int16)).view(torch.bfloat16))
+            elif dtype != np.float32:
                 leaf.numpy()[...] = array
-            return leaf.permute(*range(leaf.ndim)[::-1]).contiguous() if fortran_order else leaf
+        return leaves
 
 
-def _what_is(path: str) -> str:
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return _HEADERS[npy.read_magic(file)](file)
+
+
+def _dtype_name(dtype: np.dtype) -> str:
+    """The dtype's name; numpy stores bfloat16, which it does not know, as raw bytes."""
+    if dtype.hasobject:
+        return "Python objects"
+    return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 and not dtype.names else dtype.name
+
+
+def what_is(path: str | os.PathLike) -> str:
+    """What a file that holds no weights looks like, and what to do."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -157,11 +189,11 @@ def _what_is(path: str) -> str:
     )
 
 
-def write_archive(path: str | os.PathLike, arrays: Mapping[str, Tensor], comment: bytes = b"") -> None:
+def write_archive(path: str | os.PathLike, arrays: Iterable[tuple[str, Tensor]], comment: bytes = b"") -> None:
     """The arrays as np.savez writes them, in float32, with the same bytes every time; whole or not at all."""
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = comment
-        for name, leaf in arrays.items():
+        for name, leaf in arrays:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 array = leaf.detach().to("cpu", torch.float32).contiguous().numpy()
                 npy.write_array(member, array, version=(1, 0), allow_pickle=False)

@@ -15,7 +15,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
+        with open(temporary, "rb+") as file:  # which may be another than was yielded, if it was written by name
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -1,20 +1,26 @@
 """The commands' flags, defined once: each command builds FlagValues of its own from these groups."""
 
+import dataclasses
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
 from vitfn.compile import FORMS
-from vitfn.config import model_names
+from vitfn.config import ViTConfig, model_names
 from vitfn.data import DATASETS
 from vitfn.device import DEVICES
 from vitfn.errors import InputError
 from vitfn.step import PRECISIONS
+from vitfn.weights import LAYOUTS
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 NOT_SETTINGS = ("help", "h", "flagfile")
 
 
@@ -173,10 +179,68 @@ def train_flags(fv: flags.FlagValues) -> None:
     )
 
 
+def convert_flags(fv: flags.FlagValues) -> None:
+    flags.DEFINE_enum(
+        "to",
+        None,
+        list(LAYOUTS),
+        "Names and shapes to write; default: original in an npz file, timm in safetensors.",
+        flag_values=fv,
+    )
+    flags.DEFINE(
+        _SizeParser(),
+        "img_size",
+        None,
+        "Resize the positions to images of this size in pixels: one side, or HEIGHTxWIDTH.",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "num_classes",
+        None,
+        "Replace a head of another number of classes by zeros; 0: write no head.",
+        lower_bound=0,
+        flag_values=fv,
+    )
+    flags.DEFINE_enum("pre_logits", "keep", ["keep", "drop"], "What to do with a pre_logits layer.", flag_values=fv)
+    flags.DEFINE_integer(
+        "channels", None, "Adapt the first layer to so many input channels.", lower_bound=1, flag_values=fv
+    )
+
+
+def assume_flags(fv: flags.FlagValues) -> None:
+    flags.DEFINE_list(
+        "assume",
+        [],
+        "What the file does not state: fields of the config, as in num_heads=3,gelu=tanh,image_size=192x256,mean=0.5.",
+        flag_values=fv,
+    )
+
+
+def parse_assumed(assumed: list[str]) -> dict[str, Any]:
+    """['num_heads=3', 'gelu=tanh'] -> fields of a ViTConfig."""
+    known = {field.name for field in dataclasses.fields(ViTConfig)} - {"resnet", "name"}
+    parsed: dict[str, Any] = {}
+    for item in assumed:
+        name, equals, value = item.partition("=")
+        if not equals or name not in known:
+            raise InputError(f"--assume: found {item!r}, expected FIELD=VALUE with one of {', '.join(sorted(known))}")
+        try:
+            parsed[name] = _SizeParser().parse(value) if name == "image_size" else json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
 def run_command(
-    command: Callable[[flags.FlagValues], None], argv: list[str], *groups: Callable[[flags.FlagValues], None]
+    command: Callable[..., None],
+    argv: list[str],
+    *groups: Callable[[flags.FlagValues], None],
+    arguments: tuple[str, ...] = (),
 ) -> int:
-    """Parses `argv` and runs the command; returns the exit code. Bad input is one line on stderr and code 2."""
+    """Parses `argv` and runs the command on the flags and arguments; returns the exit code.
+
+    Bad input is one line on stderr and code 2.
+    """
     fv = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show all flags and exit.", short_name="h", flag_values=fv)
     flags.DEFINE_string("flagfile", "", "File of flags, one a line, that take this one's place.", flag_values=fv)
@@ -189,12 +253,17 @@ def run_command(
         if fv.help:
             print(sys.modules[command.__module__].__doc__, fv.get_help(include_special_flags=False), sep="\n")
             return 0
-        if extra:
-            raise InputError(f"{extra[0]}: not a flag; expected --flag=value")
-        command(fv)
+        if len(extra) != len(arguments):
+            expected = f"the arguments {' '.join(arguments)}" if arguments else "--flag=value"
+            raise InputError(f"found {' '.join(extra) or 'no arguments'}, expected {expected}")
+        command(fv, *extra)
+        sys.stdout.flush()
     except (flags.Error, InputError) as error:
         print("vitfn: " + " ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_INPUT
+    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is None:
             raise

@@ -66,17 +66,19 @@ def attention(
     key: Tensor | None = None,
     taps: Tree | None = None,
     fused: bool = False,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V (appendix A of arXiv 2010.11929): (B, N, D) -> (B, N, D).
 
-    The key's bias is never added: it moves all scores of a query by the same amount, which softmax takes away again.
+    With `queries` (B, Q, D) these attend to the tokens `x`, and the result is (B, Q, D). The key's bias is never added:
+    it moves all scores of a query by the same amount, which softmax takes away again.
     """
 
     def heads(y: Tensor) -> Tensor:  # (B, N, H d) -> (B, H, N, d)
         return y.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
 
     query, value, out = params["query"], params["value"], params["out"]
-    q = heads(affine(x, query["kernel"].flatten(1), query["bias"].flatten()))
+    q = heads(affine(x if queries is None else queries, query["kernel"].flatten(1), query["bias"].flatten()))
     k = heads(x @ params["key"]["kernel"].flatten(1))
     v = heads(affine(x, value["kernel"].flatten(1), value["bias"].flatten()))
     if fused and taps is None and (key is None or config.attention_dropout_rate == 0):
@@ -131,3 +133,23 @@ def block(
     x = x + dropout(y, config.dropout_rate, k1)
     y = layer_norm(params["LayerNorm_2"], x, config)
     return x + dropout(mlp(params["MlpBlock_3"], y, config, k2, taps), config.dropout_rate, k3)
+
+
+def map_head_shapes(config: ViTConfig) -> Tree:
+    return {
+        "probe": (1, 1, config.hidden_size),
+        "MultiHeadDotProductAttention_0": attention_shapes(config),
+        "LayerNorm_0": layer_norm_shapes(config),
+        "MlpBlock_0": mlp_shapes(config),
+    }
+
+
+def map_head(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
+    """Multi-head attention pooling (Lee et al., arXiv 1810.00825; Zhai et al., arXiv 2106.04560): (B, N, D) -> (B, D).
+
+    A learned probe attends to all tokens; a residual MLP follows. There is no dropout in it.
+    """
+    probe = params["probe"].expand(len(x), -1, -1)  # (B, 1, D)
+    x = attention(params["MultiHeadDotProductAttention_0"], x, config, queries=probe)  # (B, 1, D)
+    y = mlp(params["MlpBlock_0"], layer_norm(params["LayerNorm_0"], x, config), config)
+    return (x + y)[:, 0]

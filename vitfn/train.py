@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from absl.flags import FlagValues
 
-from vitfn import __version__, device, flags, npz, optim, tree, vit
+from vitfn import __version__, device, flags, optim, tree, vit, weights
 from vitfn.config import ViTConfig, get_config
 from vitfn.data import Dataset, load
 from vitfn.data.augment import augment
@@ -36,8 +36,8 @@ def train(fv: FlagValues) -> None:
     _check(fv)
     row = device.find(fv.device)
     directory = RunDirectory(fv.output_dir, fv.name)
-    stated = npz.stated_config(fv.pretrained_dir) if fv.pretrained_dir else None
-    config = _config(fv, stated)
+    described = weights.describe(fv.pretrained_dir) if fv.pretrained_dir else None
+    config = _config(fv, described.config if described else None)
     dataset = load(fv.dataset, fv.data_dir, fv.download)
     for flag, split in (("train_batch_size", dataset.train), ("eval_batch_size", dataset.test)):
         if (found := getattr(fv, flag)) > (count := len(split.labels)):
@@ -78,8 +78,8 @@ def train(fv: FlagValues) -> None:
             }
         )
 
-    if fv.pretrained_dir and not stated:
-        log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, npz.ASSUMED)
+    if described and not described.stated:
+        log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, weights.assumed(described.config))
     if 0 < fv.num_steps < fv.warmup_steps:
         log.warning(
             "--warmup_steps=%d exceeds --num_steps=%d: the rate never reaches its peak", fv.warmup_steps, fv.num_steps
@@ -98,7 +98,7 @@ def train(fv: FlagValues) -> None:
         )
         describe_run()
         if fv.num_steps:
-            npz.save_npz(directory.model_path, outcome.params, config, dataset.class_names)
+            weights.save_npz(directory.model_path, outcome.params, config, dataset.class_names)
     _print_summary(
         fv, config, dataset, directory, outcome, f"{row.name}, {precision}, compile={train_step.form or eval_step.form}"
     )
@@ -123,11 +123,11 @@ def _check(fv: FlagValues) -> None:
         raise InputError(f"--max_grad_norm: found {fv.max_grad_norm}, expected a number above 0")
 
 
-def _config(fv: FlagValues, stated: ViTConfig | None) -> ViTConfig:
-    """The model by the flags, for any dataset; what they leave open is what the file states, or else Google's."""
+def _config(fv: FlagValues, own: ViTConfig | None) -> ViTConfig:
+    """The model by the flags, for any dataset; what they leave open is as in the file of weights, or else Google's."""
     overrides: dict[str, Any] = {"image_size": fv.img_size}
-    if stated:
-        overrides |= {name: getattr(stated, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
+    if own:
+        overrides |= {name: getattr(own, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
     overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
     try:
         return get_config(fv.model_type, **overrides)
@@ -139,7 +139,7 @@ def _config(fv: FlagValues, stated: ViTConfig | None) -> ViTConfig:
 def _starting_params(fv: FlagValues, config: ViTConfig) -> Tree:
     if not fv.pretrained_dir:
         return vit.init(config, fv.seed)
-    params = npz.load_npz(fv.pretrained_dir, config)
+    params = weights.load(fv.pretrained_dir, config)
     if fv.head == "zero" and fv.num_steps:
         params["head"] = tree.map(torch.zeros_like, params["head"])
     return params

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vitfn import layers, rng, tree
+from vitfn import layers, resnet, rng, tree
 from vitfn.config import ViTConfig
 from vitfn.errors import InputError
 from vitfn.tree import Tree
@@ -21,16 +21,25 @@ from vitfn.tree import Tree
 def shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its path, in the order of Google's files; nothing is allocated."""
     P, D, R, K = config.patch_size, config.hidden_size, config.representation_size, config.num_classes
-    nested: Tree = {"cls": (1, 1, D)} if config.classifier == "token" else {}
-    nested["embedding"] = {"kernel": (P, P, config.channels, D), "bias": (D,)}
+    nested: Tree = {} if config.resnet is None else resnet.stem_shapes(config.resnet, config.channels)
+    if config.classifier == "token":
+        nested["cls"] = (1, 1, D)
+    nested["embedding"] = {
+        "kernel": (P, P, config.resnet.features if config.resnet else config.channels, D),
+        "bias": (D,),
+    }
+    positions = {"posembed_input": {"pos_embedding": (1, config.num_tokens, D)}} if config.posemb == "learn" else {}
     nested["Transformer"] = {
-        "posembed_input": {"pos_embedding": (1, config.num_tokens, D)},
+        **positions,
         **{f"encoderblock_{i}": layers.block_shapes(config) for i in range(config.num_layers)},
         "encoder_norm": layers.layer_norm_shapes(config),
     }
+    if config.classifier == "map":
+        nested["MAPHead_0"] = layers.map_head_shapes(config)
     if R:
         nested["pre_logits"] = layers.dense_shapes(D, R)
-    nested["head"] = layers.dense_shapes(R or D, K)
+    if K:
+        nested["head"] = layers.dense_shapes(R or D, K)
     return tree.flatten(nested)
 
 
@@ -53,7 +62,9 @@ _INITIALISERS: list[tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = [
     (r".*/Dense_\d/kernel", lambda x, g: _xavier_uniform(x, g, x.shape[0])),
     (r".*/Dense_\d/bias", lambda x, g: x.normal_(0, 1e-6, generator=g)),
     (r".*/pos_embedding", lambda x, g: x.normal_(0, 0.02, generator=g)),
-    (r"embedding/kernel|pre_logits/kernel", _lecun_normal),
+    (r".*/probe", lambda x, g: _xavier_uniform(x, g, 1)),
+    (r"embedding/kernel|pre_logits/kernel|.*conv[^/]*/kernel", _lecun_normal),
+    (r".*/gn3/scale", lambda x, g: x.zero_()),  # a residual unit begins as the identity
     (r".*/scale", lambda x, g: x.fill_(1)),
     (r".*", lambda x, g: x.zero_()),  # biases, the class token, the head
 ]
@@ -70,27 +81,47 @@ def init(config: ViTConfig, seed: int = 0) -> Tree:
     return tree.unflatten({path: leaf(path, shape) for path, shape in shapes(config).items()})
 
 
+def sincos2d(config: ViTConfig, like: Tensor) -> Tensor:
+    """Fixed sine and cosine position embeddings of MoCo v3 (arXiv 2104.02057) and big_vision: (1, N, D)."""
+    quarter = config.hidden_size // 4
+    omega = 10000.0 ** -(torch.arange(quarter, device=like.device, dtype=torch.float32) / (quarter - 1))
+    rows, columns = (torch.arange(n, device=like.device, dtype=torch.float32) for n in config.grid)
+    y = (rows[:, None] * omega).repeat_interleave(len(columns), 0)  # (N, D / 4)
+    x = (columns[:, None] * omega).repeat(len(rows), 1)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].to(like.dtype)
+
+
 def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
     """Equation 1: patch embedding, class token first, plus position embedding: (B, C, H, W) -> (B, N, D)."""
-    P = config.patch_size
     if tuple(images.shape[1:]) != (config.channels, *config.image_hw):
         raise InputError(
             f"images: found shape {tuple(images.shape)}, expected (B, {config.channels}, *{config.image_hw})"
         )
+    P, (rows, columns) = config.patch_size, config.grid
+    if config.resnet:
+        images = resnet.stem(params, images, config.resnet)[:, :, : rows * P, : columns * P]
     patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=P)  # (B, N, P P C)
     kernel = params["embedding"]["kernel"].flatten(0, 2)  # (P P C, D)
     x = layers.dense({"kernel": kernel, "bias": params["embedding"]["bias"]}, patches)  # (B, N, D)
+    if config.posemb == "sincos2d":
+        x = x + sincos2d(config, x)
     if config.classifier == "token":
         x = torch.cat([params["cls"].to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-    return x + params["Transformer"]["posembed_input"]["pos_embedding"]
+    return x if config.posemb == "sincos2d" else x + params["Transformer"]["posembed_input"]["pos_embedding"]
 
 
 def head(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
-    """Encoded tokens to logits, equation 4 and the optional tanh layer of section 3.1: (B, N, D) -> (B, K)."""
-    x = x[:, 0] if config.classifier == "token" else x.mean(dim=1)  # (B, D)
+    """Encoded tokens to logits, equation 4 and the optional tanh layer of section 3.1: (B, N, D) -> (B, K).
+
+    Without a head, the pooled features (B, D) or (B, R).
+    """
+    if config.classifier == "map":
+        x = layers.map_head(params["MAPHead_0"], x, config)  # (B, D)
+    else:
+        x = x[:, 0] if config.classifier == "token" else x.mean(dim=1)  # (B, D)
     if config.representation_size:
         x = layers.dense(params["pre_logits"], x).tanh()  # (B, R)
-    return layers.dense(params["head"], x)
+    return layers.dense(params["head"], x) if config.num_classes else x
 
 
 def dropout_keys(config: ViTConfig, seed: int, step: int | Tensor, sample: Tensor) -> Tensor:
@@ -140,10 +171,11 @@ def apply(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Logits (B, K) of normalised images (B, C, H, W); a pure function, on which every torch.func transform works.
 
-    Dropout is active where `seed` and `step` are given: the masks are a function of them and of `sample` (B,) int64,
-    each image's place in the global batch (0 to B - 1 by default). With `capture`, a regular expression over whole
-    names, the result is (logits, {name: tensor}); the names are `embedded`, for each block `encoderblock_0/weights`
-    (B, H, N, N), `encoderblock_0/activations` (B, N, M) and `encoderblock_0/tokens` (B, N, D), and `encoded`.
+    A model without head returns its pooled features instead. Dropout is active where `seed` and `step` are given: the
+    masks are a function of them and of `sample` (B,) int64, each image's place in the global batch (0 to B - 1 by
+    default). With `capture`, a regular expression over whole names, the result is (logits, {name: tensor}); the names
+    are `embedded`, for each block `encoderblock_0/weights` (B, H, N, N), `encoderblock_0/activations` (B, N, M) and
+    `encoderblock_0/tokens` (B, N, D), and `encoded`.
     """
     keys = None
     if seed is not None and step is not None:

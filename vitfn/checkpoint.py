@@ -1,0 +1,294 @@
+"""An open file of weights: which layout it has, which model it holds, and its leaves by canonical path."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vitfn import foreign, google
+from vitfn.config import ViTConfig
+from vitfn.containers import open_file
+from vitfn.errors import InputError
+from vitfn.google import POSITIONS
+from vitfn.infer import image_size, infer
+from vitfn.layout import Layout, Shape
+from vitfn.vit import shapes
+
+_PREFIXES = ("", "params/", "params/img/", "opt/target/")  # of the model in Google's files, the likeliest first
+
+
+class Checkpoint:
+    """An open file of weights. `path` may name a part of an npz: `file.npz:params/img`.
+
+    `arrays` are the canonical paths of each of the model's arrays, by its name in the file; `found` is the shapes of
+    the leaves by path, as far as the file tells them; `elsewhere` names what the file holds beside the model; `stated`
+    is the config that it states, if any. What is inferred otherwise gives way to the fields in `assume`. Raises
+    InputError for what is no file of a Vision Transformer that vitfn computes.
+    """
+
+    def __init__(self, path: str | os.PathLike, assume: Mapping[str, Any] | None = None):
+        self.path = os.fspath(path)
+        filename, subtree = split_path(self.path)
+        with contextlib.ExitStack() as stack:
+            self.file = stack.enter_context(open_file(filename))
+            self._recognise(subtree)
+            self.stated = self._stated()
+            self._beside = foreign.Beside({}, None) if self._is_google else self._read_beside()
+            self._assume = dict(assume or {})
+            self.close = stack.pop_all().close
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @functools.cached_property
+    def config(self) -> ViTConfig:
+        """The config that the file states, or else one inferred from names and shapes, into which all arrays fit."""
+        if self.stated:
+            return self.stated
+        config = infer(self.found, self._known() | self._assume, self.path)
+        self.compare(config)
+        return config
+
+    @property
+    def _is_google(self) -> bool:
+        return self.layout in google.LAYOUTS
+
+    def _recognise(self, subtree: str) -> None:
+        self.layout, self.prefix = _recognise(self.file.shapes, subtree, self.path)
+        self.arrays: dict[str, tuple[str, ...]] = {}
+        self.found: dict[str, Shape] = {}
+        self.elsewhere: list[str] = []
+        for own, shape in self.file.shapes.items():
+            name = own.removeprefix(self.prefix)
+            if not own.startswith(self.prefix) or re.fullmatch(self.layout.ignored, name):
+                self.elsewhere.append(own)
+                continue
+            self.arrays[own] = self.layout.paths(name, shape) or (own,)
+            for path in self.arrays[own]:
+                if path in self.found:
+                    first = next(other for other, paths in self.arrays.items() if path in paths)
+                    raise InputError(f"{self.path}: found both {first} and {own}, which are the same array")
+                self.found[path] = self.layout.part(path, shape, len(self.arrays[own]))
+        if not self._is_google and POSITIONS not in self.found:
+            raise InputError(f"{self.path}: found no position embeddings (rotary ones?), which vitfn does not compute")
+        unknown = (own for own, paths in self.arrays.items() if paths == (own,))
+        if not self._is_google and (what := foreign.unsupported(unknown)):
+            raise InputError(f"{self.path}: found {what}, which vitfn does not compute")
+
+    def _stated(self) -> ViTConfig | None:
+        """The config that the file states, which has to fit its arrays."""
+        if (comment := _description(self.file.comment)) is None:
+            return None
+        with _describing(self.path):
+            config = ViTConfig(**comment["vitfn"]["config"])
+        self.compare(config)
+        return config
+
+    def _read_beside(self) -> foreign.Beside:
+        with _describing(self.file.path):
+            return foreign.beside(self.file.path)
+
+    def _known(self) -> dict[str, Any]:
+        """What files of this layout are known to have, and what is said beside this one."""
+        if self._is_google:
+            big_vision = self.layout in (google.BIG_VISION, google.BIG_VISION_SCAN)
+            return {"posemb": "sincos2d"} if big_vision and POSITIONS not in self.found else {}
+        fields = self.layout.assumed
+        scaled = any(path.endswith("/gamma") for path in self.found)
+        if (scaled and "cls" in self.found) or getattr(self.file, "wrapper", None) == "model":  # DINOv2, DeiT-III; DeiT
+            fields = fields | foreign.IMAGENET
+        return fields | self._beside.fields
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, where the file or one beside it states them."""
+        if (comment := _description(self.file.comment)) is None:
+            names = self._beside.class_names
+            return names if names and len(names) == self.config.num_classes else None
+        names = comment["vitfn"].get("class_names")
+        if beside := comment["vitfn"].get("class_names_in"):
+            beside = str(Path(self.file.path).with_name(beside))
+            with _describing(beside):
+                names = json.loads(Path(beside).read_bytes())["class_names"]
+        return tuple(names) if names else None
+
+    def config_for(self, target: ViTConfig) -> ViTConfig:
+        """`target`, but with the sizes that the file has, where they are such as can be adapted to `target`'s."""
+        fields: dict[str, Any] = {}
+        width, classes = self.found.get("pre_logits/bias", ()), self.found.get("head/bias", ())
+        if len(width) == 1 and not target.representation_size:
+            fields["representation_size"] = width[0]
+        if "head/bias" not in self.found and "head/kernel" not in self.found:
+            fields["num_classes"] = 0
+        elif len(classes) == 1:
+            fields["num_classes"] = classes[0]
+        first = self.found.get("conv_root/kernel" if target.resnet else "embedding/kernel", ())
+        if len(first) == 4 and first[2] not in (0, target.channels):
+            fields |= {"channels": first[2], "mean": 0.5, "std": 0.5}
+        positions = self.found.get(POSITIONS, ())
+        patches = target.num_tokens - (target.classifier == "token")
+        if self.stated:
+            fields["image_size"] = self.stated.image_size
+        elif positions[::2] == (1, target.hidden_size) and positions[1] not in (patches, target.num_tokens):
+            classifier = "token" if "cls" in self.found else target.classifier
+            fields["image_size"] = image_size(self.found, vars(target) | {"classifier": classifier}, self.path)
+        return dataclasses.replace(target, **fields)
+
+    def lacks_class_slot(self, config: ViTConfig) -> bool:
+        """Whether there is no position for the class token, as in big_vision and DeiT-III."""
+        positions = self.found.get(POSITIONS, ())
+        return config.classifier == "token" and positions[:2] == (1, config.num_tokens - 1)
+
+    @property
+    def lacks_attention_biases(self) -> bool:
+        """Whether queries, keys and values have none, as in some of timm's models."""
+        return not self._is_google and not any(path.endswith("/query/bias") for path in self.found)
+
+    def compare(self, config: ViTConfig) -> None:
+        """Raises an InputError that lists every difference between the file's arrays and the model's."""
+        expected = shapes(config)
+        if self.lacks_class_slot(config):
+            expected[POSITIONS] = self.found[POSITIONS]
+        if self.lacks_attention_biases:
+            expected = {p: shape for p, shape in expected.items() if not _ATTENTION_BIAS.fullmatch(p)}
+        names = {path: own for own, paths in self.arrays.items() for path in paths}
+        parts: dict[str, list[str]] = {}
+        for path in expected:
+            own = names.get(path) or self.prefix + (self.layout.own(path, config) or path)
+            parts.setdefault(own, []).append(path)
+        wanted = {
+            own: stored_shape(self.layout, {path: expected[path] for path in paths}) for own, paths in parts.items()
+        }
+        have = {}
+        for own, paths in self.arrays.items():
+            if not paths[0].endswith("/gamma"):
+                fits = own in wanted and all(self.found[path] == expected.get(path) for path in paths)
+                have[own] = wanted[own] if fits else self.file.shapes[own]
+        compare(have, wanted, self.path)
+
+    def read(self, paths: Collection[str], config: ViTConfig) -> dict[str, Tensor]:
+        """Leaves of a model `config` by path, float32, in memory of their own, which the arrays are read into."""
+        gammas = {path: shape for path, shape in self.found.items() if path.endswith("/gamma")}
+        expected = shapes(config) | gammas
+        if slotless := self.lacks_class_slot(config):
+            expected[POSITIONS] = self.found[POSITIONS]
+
+        def leaves(own: str) -> list[tuple[str, Tensor]]:
+            found = []
+            for path, part in zip(self.arrays[own], self.file.read(own, len(self.arrays[own])), strict=True):
+                leaf = self.layout.restore(path, part, expected[path])
+                if not (self.file.owned and leaf.is_contiguous()):
+                    leaf = torch.empty(leaf.shape).copy_(leaf)
+                found.append((path, leaf))
+            return found
+
+        wanted = {*paths, *gammas}
+        names = [own for own, held in self.arrays.items() if not wanted.isdisjoint(held)]
+        with ThreadPoolExecutor(4) as pool:  # reading and checksumming leave the interpreter lock
+            done = tqdm(pool.map(leaves, names), "reading", len(names), leave=False, delay=2, disable=None)
+            found = dict(leaf for several in done for leaf in several)
+        if slotless and POSITIONS in found:
+            slot = torch.full_like(
+                found[POSITIONS][:, :1], -0.0
+            )  # to which whatever is added stays as it is, to the bit
+            found[POSITIONS] = torch.cat([slot, found[POSITIONS]], dim=1)
+        for gamma in gammas:
+            for name in ("kernel", "bias"):
+                found[gamma.replace("gamma", name)] *= found[gamma]
+        return {path: found[path] for path in paths}
+
+    @property
+    def said(self) -> list[str]:
+        """A line for each thing in which the tree will differ from the file."""
+        said = [f"{name} ignored: no part of the model" for name in self.elsewhere[:3]]
+        if len(self.elsewhere) > 3:
+            said[2:] = [f"{len(self.elsewhere) - 2} other arrays ignored: no part of the model"]
+        if any(path.endswith("/gamma") for path in self.found):
+            said.append("LayerScale folded into the layer before it: the same function, up to rounding")
+        if self.lacks_attention_biases:
+            said.append("attention biases made zeros: the model has none")
+        return said
+
+
+_ATTENTION_BIAS = re.compile(r".*/(query|key|value)/bias")
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """'file.npz:params/img' -> ('file.npz', 'params/img/'); any other path is a file as a whole."""
+    match = re.fullmatch(r"(.+\.npz):([^:\\]*)", path)
+    if match is None or os.path.exists(path):
+        return path, ""
+    return match[1], match[2].strip("/") + "/" if match[2].strip("/") else ""
+
+
+def _recognise(names: Mapping[str, Shape], subtree: str, path: str) -> tuple[Layout, str]:
+    """The layout of the names, and the prefix of those that are the model's."""
+    roots = (subtree, f"params/{subtree}", f"opt/target/{subtree}") if subtree else ("",)
+    root = next((root for root in roots if any(name.startswith(root) for name in names)), None)
+    candidates: list[tuple[int, Layout, str]] = []
+    for layout in (google.ORIGINAL, *foreign.LAYOUTS, *foreign.READ_ONLY):
+        anchors = (re.fullmatch(layout.anchor, name) for name in names if root is not None and name.startswith(root))
+        prefixes = {root + match[1].removeprefix(root) for match in anchors if match and root is not None}
+        if prefixes:
+            prefix = min(prefixes, key=lambda found: (_rank(found.removeprefix(root or "")), found))
+            known = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+            count = sum(bool(layout.paths(name, names[prefix + name])) for name in known)
+            candidates.append((count, layout, prefix))
+    if not candidates:
+        listed, where = ", ".join(sorted(names)[:3]), f" under {subtree}" if subtree else ""
+        raise InputError(f"{path}: found arrays ({listed}, ...) that are not a plain Vision Transformer's{where}")
+    _, layout, prefix = max(candidates, key=lambda candidate: candidate[0])
+    if layout is google.ORIGINAL:
+        layout = google.which({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+    return layout, prefix
+
+
+def _rank(prefix: str) -> int:
+    """Where to look for the model first: an optimizer's state may have a tree of the same names."""
+    return _PREFIXES.index(prefix) if prefix in _PREFIXES else len(_PREFIXES)
+
+
+def stored_shape(layout: Layout, leaves: Mapping[str, Shape]) -> Shape:
+    """The shape of the array that leaves of these shapes make together."""
+    parts = [layout.store(path, torch.empty(shape, device="meta")) for path, shape in leaves.items()]
+    return tuple(torch.cat(parts).shape if len(parts) > 1 else parts[0].shape)
+
+
+def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: object) -> None:
+    """An InputError that lists every difference between two sets of named shapes."""
+    differences = [f"missing {name} {expected[name]}" for name in expected if name not in found]
+    differences += [f"extra {name} {found[name]}" for name in found if name not in expected]
+    for name in expected:
+        if name in found and found[name] != expected[name]:
+            differences.append(f"{name} has shape {found[name]}, expected {expected[name]}")
+    if differences:
+        raise InputError(f"{what}: not the arrays of this model: " + "; ".join(differences))
+
+
+def _description(comment: bytes) -> dict[str, Any] | None:
+    """The comment that vitfn wrote about the model, if it is one."""
+    try:
+        content = json.loads(comment)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and "vitfn" in content else None
+
+
+@contextlib.contextmanager
+def _describing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, AttributeError) as error:
+        raise InputError(f"{path}: found no description of a model that this version can read ({error})") from None

@@ -1,0 +1,87 @@
+"""Converts weights between layouts, and a model's size on the way: python -m vitfn.convert IN OUT [--to=LAYOUT]
+
+IN is an npz, safetensors or torch file of a Vision Transformer in any layout that vitfn knows; `file.npz:params/img` is
+a part of one. OUT ends in .npz or .safetensors and is replaced; `file.npz:params/img` puts the arrays under a prefix.
+"""
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+from absl.flags import FlagValues
+
+from vitfn import flags
+from vitfn.checkpoint import Checkpoint, split_path
+from vitfn.config import ViTConfig
+from vitfn.errors import InputError
+from vitfn.layout import Layout
+from vitfn.tree import size
+from vitfn.weights import LAYOUTS, default_layout, read, save
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    return flags.run_command(convert, argv, flags.convert_flags, flags.assume_flags, arguments=("IN", "OUT"))
+
+
+def convert(fv: FlagValues, source: str, destination: str) -> None:
+    """The command: OUT is written whole, or not at all."""
+    layout = LAYOUTS[fv.to or default_layout(destination)]
+    with Checkpoint(source, flags.parse_assumed(fv.assume)) as checkpoint:
+        own = checkpoint.config
+        target = _target(fv, own)
+        params, said = read(checkpoint, own, target)
+        class_names = checkpoint.class_names() if target.num_classes == own.num_classes else None
+    save(destination, params, target, class_names, layout.name)
+    height, width = target.image_hw
+    rows = [
+        ("from", f"{source} ({checkpoint.file.kind}, {checkpoint.layout.name})"),
+        ("model", f"{target.name}, {height}x{width} px, {target.num_classes:,} classes, {size(params):,} parameters"),
+        *(("changed", line) for line in said),
+        ("to", f"{destination} ({layout.name}, {os.path.getsize(split_path(destination)[0]):,} bytes)"),
+        *(("note", line) for line in caveats(target, layout)),
+    ]
+    for name, value in rows:
+        print(f"{name:<10} {value}")
+
+
+def _target(fv: FlagValues, own: ViTConfig) -> ViTConfig:
+    flag_of = {"image_size": "img_size", "num_classes": "num_classes", "channels": "channels"}
+    fields: dict[str, Any] = {field: fv[flag].value for field, flag in flag_of.items() if fv[flag].value is not None}
+    if fv.pre_logits == "drop":
+        fields["representation_size"] = None
+    if fields.get("channels", own.channels) != own.channels:
+        fields |= {name: _mean(getattr(own, name)) for name in ("mean", "std")}
+    try:
+        return dataclasses.replace(own, **fields)
+    except InputError as error:
+        raise InputError(f"--img_size, --num_classes, --channels: {error}") from None
+
+
+def _mean(values: float | tuple[float, ...]) -> float:
+    """One number for all channels, where there will be others."""
+    return sum(values) / len(values) if isinstance(values, tuple) else values
+
+
+def caveats(config: ViTConfig, layout: Layout) -> list[str]:
+    """How the code that such files are for computes otherwise than this model does, unless it is told."""
+    lines = []
+    theirs_of = _GOOGLE | layout.assumed
+    for field, what in _ARITHMETIC.items():
+        if (found := getattr(config, field)) != (theirs := theirs_of[field]):
+            lines.append(f"this model has {what} {found}, {layout.name}'s own code {theirs} unless told otherwise")
+    if config.resnet and layout.name in _HYBRIDS:
+        lines.append(_HYBRIDS[layout.name])
+    return lines
+
+
+_GOOGLE: dict[str, Any] = {"gelu": "tanh", "layer_norm_eps": 1e-6}
+_ARITHMETIC = {"gelu": "GELU", "layer_norm_eps": "LayerNorm epsilon"}
+_HYBRIDS = {
+    "timm": "timm divides by sqrt(var + 1e-8) where Google standardises a kernel by (std + 1e-5): vitfn does as Google",
+    "seed": "the seed pads, standardises and normalises otherwise than Google, as whom vitfn computes hybrids",
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,243 @@
+"""Other people's layouts: timm, Hugging Face transformers, torchvision, DINOv2, DeiT, and the seed."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vitfn.config import ViTConfig
+from vitfn.errors import InputError
+from vitfn.google import POSITIONS
+from vitfn.layout import Layout, Shape, renaming, torch_part, torch_restore, torch_store
+
+_BLOCK = "Transformer/encoderblock_{}"
+_ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_1"
+_MLP = f"{_BLOCK}/MlpBlock_3"
+_MAP = "MAPHead_0/MultiHeadDotProductAttention_0"
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+_TIMM = {
+    "cls_token": "cls",
+    "pos_embed": POSITIONS,
+    "patch_embed.proj.*": "embedding/*",
+    "patch_embed.backbone.stem.conv.weight": "conv_root/kernel",
+    "patch_embed.backbone.stem.norm.*": "gn_root/*",
+    "patch_embed.backbone.conv.weight": "conv_root/kernel",  # of R+ViT-Ti_16, whose backbone is its stem
+    "patch_embed.backbone.norm.*": "gn_root/*",
+    "patch_embed.backbone.stages.{-1}.blocks.{-1}.conv{}.weight": "block{}/unit{}/conv{}/kernel",
+    "patch_embed.backbone.stages.{-1}.blocks.{-1}.norm{}.*": "block{}/unit{}/gn{}/*",
+    "patch_embed.backbone.stages.{-1}.blocks.{-1}.downsample.conv.weight": "block{}/unit{}/conv_proj/kernel",
+    "patch_embed.backbone.stages.{-1}.blocks.{-1}.downsample.norm.*": "block{}/unit{}/gn_proj/*",
+    "blocks.{}.norm1.*": f"{_BLOCK}/LayerNorm_0/*",
+    "blocks.{}.attn.qkv.*": f"{_ATTENTION}/(query,key,value)/*",
+    "blocks.{}.attn.proj.*": f"{_ATTENTION}/out/*",
+    "blocks.{}.ls1.gamma": f"{_ATTENTION}/out/gamma",
+    "blocks.{}.norm2.*": f"{_BLOCK}/LayerNorm_2/*",
+    "blocks.{}.mlp.fc1.*": f"{_MLP}/Dense_0/*",
+    "blocks.{}.mlp.fc2.*": f"{_MLP}/Dense_1/*",
+    "blocks.{}.ls2.gamma": f"{_MLP}/Dense_1/gamma",
+    "norm.*": "Transformer/encoder_norm/*",
+    "attn_pool.latent": "MAPHead_0/probe",
+    "attn_pool.q.*": f"{_MAP}/query/*",
+    "attn_pool.kv.*": f"{_MAP}/(key,value)/*",
+    "attn_pool.proj.*": f"{_MAP}/out/*",
+    "attn_pool.norm.*": "MAPHead_0/LayerNorm_0/*",
+    "attn_pool.mlp.fc1.*": "MAPHead_0/MlpBlock_0/Dense_0/*",
+    "attn_pool.mlp.fc2.*": "MAPHead_0/MlpBlock_0/Dense_1/*",
+    "pre_logits.fc.*": "pre_logits/*",  # as timm had it until 0.5
+    "head.*": "head/*",
+}
+_TORCHVISION = {
+    "class_token": "cls",
+    "encoder.pos_embedding": POSITIONS,
+    "conv_proj.*": "embedding/*",
+    "encoder.layers.encoder_layer_{}.ln_1.*": f"{_BLOCK}/LayerNorm_0/*",
+    "encoder.layers.encoder_layer_{}.self_attention.in_proj_*": f"{_ATTENTION}/(query,key,value)/*",
+    "encoder.layers.encoder_layer_{}.self_attention.out_proj.*": f"{_ATTENTION}/out/*",
+    "encoder.layers.encoder_layer_{}.ln_2.*": f"{_BLOCK}/LayerNorm_2/*",
+    "encoder.layers.encoder_layer_{}.mlp.0.*": f"{_MLP}/Dense_0/*",
+    "encoder.layers.encoder_layer_{}.mlp.3.*": f"{_MLP}/Dense_1/*",
+    "encoder.layers.encoder_layer_{}.mlp.linear_1.*": f"{_MLP}/Dense_0/*",  # until torchvision 0.13
+    "encoder.layers.encoder_layer_{}.mlp.linear_2.*": f"{_MLP}/Dense_1/*",
+    "encoder.ln.*": "Transformer/encoder_norm/*",
+    "heads.pre_logits.*": "pre_logits/*",
+    "heads.head.*": "head/*",
+}
+_SEED = {
+    "transformer.embeddings.cls_token": "cls",
+    "transformer.embeddings.position_embeddings": POSITIONS,
+    "transformer.embeddings.patch_embeddings.*": "embedding/*",
+    "transformer.embeddings.hybrid_model.root.conv.weight": "conv_root/kernel",
+    "transformer.embeddings.hybrid_model.root.gn.*": "gn_root/*",
+    "transformer.embeddings.hybrid_model.body.block{}.unit{}.conv{}.weight": "block{}/unit{}/conv{}/kernel",
+    "transformer.embeddings.hybrid_model.body.block{}.unit{}.gn{}.*": "block{}/unit{}/gn{}/*",
+    "transformer.embeddings.hybrid_model.body.block{}.unit{}.downsample.weight": "block{}/unit{}/conv_proj/kernel",
+    "transformer.embeddings.hybrid_model.body.block{}.unit{}.gn_proj.*": "block{}/unit{}/gn_proj/*",
+    "transformer.encoder.layer.{}.attention_norm.*": f"{_BLOCK}/LayerNorm_0/*",
+    "transformer.encoder.layer.{}.attn.query.*": f"{_ATTENTION}/query/*",
+    "transformer.encoder.layer.{}.attn.key.*": f"{_ATTENTION}/key/*",
+    "transformer.encoder.layer.{}.attn.value.*": f"{_ATTENTION}/value/*",
+    "transformer.encoder.layer.{}.attn.out.*": f"{_ATTENTION}/out/*",
+    "transformer.encoder.layer.{}.ffn_norm.*": f"{_BLOCK}/LayerNorm_2/*",
+    "transformer.encoder.layer.{}.ffn.fc1.*": f"{_MLP}/Dense_0/*",
+    "transformer.encoder.layer.{}.ffn.fc2.*": f"{_MLP}/Dense_1/*",
+    "transformer.encoder.encoder_norm.*": "Transformer/encoder_norm/*",
+    "head.*": "head/*",
+}
+_HUGGING_FACE_EMBEDDINGS = {
+    "embeddings.cls_token": "cls",
+    "embeddings.position_embeddings": POSITIONS,
+    "embeddings.patch_embeddings.projection.*": "embedding/*",
+    "layernorm.*": "Transformer/encoder_norm/*",
+    "pooler.dense.*": "pre_logits/*",
+    "classifier.*": "head/*",
+}
+_HUGGING_FACE = _HUGGING_FACE_EMBEDDINGS | {  # as the hub's files have it, whatever the version of transformers
+    "encoder.layer.{}.layernorm_before.*": f"{_BLOCK}/LayerNorm_0/*",
+    "encoder.layer.{}.attention.attention.query.*": f"{_ATTENTION}/query/*",
+    "encoder.layer.{}.attention.attention.key.*": f"{_ATTENTION}/key/*",
+    "encoder.layer.{}.attention.attention.value.*": f"{_ATTENTION}/value/*",
+    "encoder.layer.{}.attention.output.dense.*": f"{_ATTENTION}/out/*",
+    "encoder.layer.{}.layernorm_after.*": f"{_BLOCK}/LayerNorm_2/*",
+    "encoder.layer.{}.intermediate.dense.*": f"{_MLP}/Dense_0/*",
+    "encoder.layer.{}.output.dense.*": f"{_MLP}/Dense_1/*",
+}
+_HUGGING_FACE_5 = _HUGGING_FACE_EMBEDDINGS | {  # a state_dict() of transformers 5
+    "layers.{}.layernorm_before.*": f"{_BLOCK}/LayerNorm_0/*",
+    "layers.{}.attention.q_proj.*": f"{_ATTENTION}/query/*",
+    "layers.{}.attention.k_proj.*": f"{_ATTENTION}/key/*",
+    "layers.{}.attention.v_proj.*": f"{_ATTENTION}/value/*",
+    "layers.{}.attention.o_proj.*": f"{_ATTENTION}/out/*",
+    "layers.{}.layernorm_after.*": f"{_BLOCK}/LayerNorm_2/*",
+    "layers.{}.mlp.fc1.*": f"{_MLP}/Dense_0/*",
+    "layers.{}.mlp.fc2.*": f"{_MLP}/Dense_1/*",
+}
+_HUGGING_FACE_DINOV2 = _HUGGING_FACE_EMBEDDINGS | {
+    "encoder.layer.{}.norm1.*": f"{_BLOCK}/LayerNorm_0/*",
+    "encoder.layer.{}.attention.attention.query.*": f"{_ATTENTION}/query/*",
+    "encoder.layer.{}.attention.attention.key.*": f"{_ATTENTION}/key/*",
+    "encoder.layer.{}.attention.attention.value.*": f"{_ATTENTION}/value/*",
+    "encoder.layer.{}.attention.output.dense.*": f"{_ATTENTION}/out/*",
+    "encoder.layer.{}.attention.q_proj.*": f"{_ATTENTION}/query/*",  # in transformers 5
+    "encoder.layer.{}.attention.k_proj.*": f"{_ATTENTION}/key/*",
+    "encoder.layer.{}.attention.v_proj.*": f"{_ATTENTION}/value/*",
+    "encoder.layer.{}.attention.o_proj.*": f"{_ATTENTION}/out/*",
+    "encoder.layer.{}.layer_scale1.lambda1": f"{_ATTENTION}/out/gamma",
+    "encoder.layer.{}.norm2.*": f"{_BLOCK}/LayerNorm_2/*",
+    "encoder.layer.{}.mlp.fc1.*": f"{_MLP}/Dense_0/*",
+    "encoder.layer.{}.mlp.fc2.*": f"{_MLP}/Dense_1/*",
+    "encoder.layer.{}.layer_scale2.lambda1": f"{_MLP}/Dense_1/gamma",
+}
+
+
+def _layout(name: str, anchor: str, table: dict[str, str], ignored: str = r"(?!)", **assumed: Any) -> Layout:
+    paths, own = renaming(table)
+    return Layout(
+        name,
+        anchor,
+        paths,
+        lambda path, config: own(path),
+        torch_part,
+        torch_store,
+        torch_restore,
+        {"gelu": "erf"} | assumed,
+        ignored,
+        classifiers=("token",),
+    )
+
+
+def _timm() -> Layout:
+    layout = _layout("timm", r"((?:.*\.)?)patch_embed\.proj\.weight", _TIMM, ignored="mask_token")
+
+    def own(path: str, config: ViTConfig) -> str:
+        name = layout.own(path, config)
+        stem_only = config.resnet and not config.resnet.num_layers  # R+ViT-Ti_16, whose backbone is its stem
+        return name.replace(".stem.", ".") if stem_only else name
+
+    return layout._replace(own=own, classifiers=("token", "gap", "map"))
+
+
+def _hugging_face(name: str, table: dict[str, str], **assumed: Any) -> Layout:
+    """The base model's names, under a prefix of their own where there is a classifier beside it."""
+    anchor = r"((?:.*\.)??)(?:vit\.|dinov2\.)?embeddings\.patch_embeddings\.projection\.weight"
+    layout = _layout(name, anchor, table, ignored=r"(dinov2\.|vit\.)?embeddings\.mask_token", **assumed)
+
+    def paths(name: str, shape: Shape) -> tuple[str, ...]:
+        return layout.paths(re.sub(r"^(vit|dinov2)\.", "", name), shape)
+
+    def own(path: str, config: ViTConfig) -> str:
+        name = layout.own(path, config)
+        return f"vit.{name}" if name and config.num_classes and not name.startswith("classifier") else name
+
+    return layout._replace(paths=paths, own=own)
+
+
+TIMM = _timm()
+TORCHVISION = _layout("torchvision", r"((?:.*\.)?)conv_proj\.weight", _TORCHVISION, **IMAGENET)
+SEED = _layout("seed", r"((?:.*\.)?)transformer\.embeddings\.patch_embeddings\.weight", _SEED, dropout_rate=0.1)
+HUGGING_FACE = _hugging_face("huggingface", _HUGGING_FACE, layer_norm_eps=1e-12)
+HUGGING_FACE_5 = _hugging_face("huggingface5", _HUGGING_FACE_5, layer_norm_eps=1e-12)
+HUGGING_FACE_DINOV2 = _hugging_face("huggingface_dinov2", _HUGGING_FACE_DINOV2, **IMAGENET)
+LAYOUTS = (TIMM, HUGGING_FACE, HUGGING_FACE_5, TORCHVISION, SEED)
+READ_ONLY = (HUGGING_FACE_DINOV2,)
+
+# Names by which one knows an architecture that vitfn does not compute.
+_REFUSED = {
+    r"reg_token|register_tokens": "register tokens",
+    r"rope|rotary|freqs": "rotary positions",
+    r"[qk]_norm|norm_[qk]\b": "normalised queries and keys",
+    r"mlp\.(w12|w3|fc1_g|norm)|weights_in": "a gated or normalised MLP",
+    r"dist_token|distillation_token|head_dist": "a distillation token",
+    r"norm_pre|pre_layernorm": "a norm before the first block",
+    r"fc_norm": "a norm after pooling",
+    r"relative_position|rel_pos": "relative positions",
+    r"q_bias|v_bias": "a query and value bias without a key's",
+    r"patchln_": "normalised patches",
+}
+
+
+def unsupported(names: Iterable[str]) -> str | None:
+    """What a model with arrays of such names has that vitfn cannot compute, if one can tell."""
+    for name in names:
+        for pattern, what in _REFUSED.items():
+            if re.search(pattern, name):
+                return f"{what} ({name})"
+    return None
+
+
+class Beside(NamedTuple):
+    """What the JSON files beside a model say: fields of the config, and the class names."""
+
+    fields: dict[str, Any]
+    class_names: tuple[str, ...] | None
+
+
+def beside(path: str) -> Beside:
+    """What transformers' and timm's config.json and preprocessor_config.json say about a file in the same folder."""
+    config, processor = (_json(Path(path).with_name(f"{name}.json")) for name in ("config", "preprocessor_config"))
+    normalisation = config.get("pretrained_cfg", processor)
+    if not isinstance(normalisation, dict) or {"image_mean", "mean"}.isdisjoint(normalisation):
+        normalisation = {}
+    fields = {ours: config[theirs] for theirs, ours in _THEIRS.items() if theirs in config}
+    for ours in ("mean", "std"):
+        if (value := normalisation.get(ours, normalisation.get(f"image_{ours}"))) is not None:
+            fields[ours] = value
+    if "hidden_act" in config:
+        if config["hidden_act"] not in _GELU:
+            raise InputError(f"{path}: found hidden_act {config['hidden_act']!r}, expected one of {', '.join(_GELU)}")
+        fields["gelu"] = _GELU[config["hidden_act"]]
+    names = config.get("id2label")
+    return Beside(fields, tuple(names[str(i)] for i in range(len(names))) if names else None)
+
+
+_THEIRS = {"num_attention_heads": "num_heads", "layer_norm_eps": "layer_norm_eps", "image_size": "image_size"}
+_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -96,11 +96,13 @@ class ViTConfig:
             )
         if self.posemb == "sincos2d" and (self.hidden_size % 4 or self.hidden_size < 8):
             raise InputError(f"hidden_size: found {self.hidden_size}, expected a multiple of 4 for sincos2d positions")
-        for field in ("mean", "std"):
-            if isinstance(value := getattr(self, field), tuple) and len(value) != self.channels:
+        for field, least in (("mean", -math.inf), ("std", 0), ("layer_norm_eps", 0)):
+            value = getattr(self, field)
+            values = value if isinstance(value, tuple) and field != "layer_norm_eps" else (value,)
+            if not all(isinstance(number, (int, float)) and least < number < math.inf for number in values):
+                raise InputError(f"{field}: found {value}, expected numbers above {least}")
+            if values is value and len(value) != self.channels:
                 raise InputError(f"{field}: found {len(value)} numbers, expected one or channels={self.channels}")
-        if not (self.layer_norm_eps > 0 and min(self.std if isinstance(self.std, tuple) else (self.std,)) > 0):
-            raise InputError(f"layer_norm_eps, std: found {self.layer_norm_eps}, {self.std}, expected numbers above 0")
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
         if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
             raise InputError(f"image_size: found {self.image_size}, expected an integer or (height, width)")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -52,12 +53,16 @@ def data_flags(fv: flags.FlagValues) -> None:
 
 def model_flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "model_type", "ViT-B_16", f"One of {', '.join(model_names())}; B/16 is short for ViT-B_16.", flag_values=fv
+        "model_type",
+        "ViT-B_16",
+        f"One of {', '.join(model_names())}, or big_vision's (g/14); B/16 is short for ViT-B_16.",
+        flag_values=fv,
     )
     flags.DEFINE_string(
         "pretrained_dir",
         "checkpoint/ViT-B_16.npz",
-        "File of weights to start from (a file, in spite of the name); empty: start from random weights.",
+        "File of weights to start from (a file, in spite of the name): npz, safetensors or torch, in any layout that "
+        "vitfn.convert reads; empty: start from random weights.",
         flag_values=fv,
     )
     flags.DEFINE(
@@ -86,7 +91,7 @@ def model_flags(fv: flags.FlagValues) -> None:
         "gelu",
         None,
         ["tanh", "erf"],
-        "Form of the GELU; default: as the file of weights states, else tanh.",
+        "Form of the GELU; default: as in the file of weights, else tanh.",
         flag_values=fv,
     )
 
@@ -208,19 +213,20 @@ def convert_flags(fv: flags.FlagValues) -> None:
 
 
 def assume_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_list(
+    flags.DEFINE_string(
         "assume",
-        [],
-        "What the file does not state: fields of the config, as in num_heads=3,gelu=tanh,image_size=192x256,mean=0.5.",
+        "",
+        "What the file does not state: fields of the config, as in num_heads=3,gelu=tanh,mean=[0.4,0.5,0.6],"
+        "image_size=192x256.",
         flag_values=fv,
     )
 
 
-def parse_assumed(assumed: list[str]) -> dict[str, Any]:
-    """['num_heads=3', 'gelu=tanh'] -> fields of a ViTConfig."""
+def parse_assumed(assumed: str) -> dict[str, Any]:
+    """'num_heads=3,gelu=tanh' -> fields of a ViTConfig."""
     known = {field.name for field in dataclasses.fields(ViTConfig)} - {"resnet", "name"}
     parsed: dict[str, Any] = {}
-    for item in assumed:
+    for item in re.split(r",(?![^\[]*\])", assumed) if assumed else ():  # a list's commas are its own
         name, equals, value = item.partition("=")
         if not equals or name not in known:
             raise InputError(f"--assume: found {item!r}, expected FIELD=VALUE with one of {', '.join(sorted(known))}")

@@ -217,8 +217,6 @@ def beside(path: str) -> Beside:
     """What transformers' and timm's config.json and preprocessor_config.json say about a file in the same folder."""
     config, processor = (_json(Path(path).with_name(f"{name}.json")) for name in ("config", "preprocessor_config"))
     normalisation = config.get("pretrained_cfg", processor)
-    if not isinstance(normalisation, dict) or {"image_mean", "mean"}.isdisjoint(normalisation):
-        normalisation = {}
     fields = {ours: config[theirs] for theirs, ours in _THEIRS.items() if theirs in config}
     for ours in ("mean", "std"):
         if (value := normalisation.get(ours, normalisation.get(f"image_{ours}"))) is not None:

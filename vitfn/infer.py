@@ -38,6 +38,8 @@ def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str) -> V
         }
         if "image_size" not in fields and fields.get("posemb") != "sincos2d":
             sizes["image_size"] = image_size(found, sizes, path)
+    except InputError:
+        raise
     except (KeyError, IndexError, ValueError):
         names = ", ".join(sorted(found)[:3])
         raise InputError(f"{path}: found arrays ({names}, ...) that are not a plain Vision Transformer's") from None

@@ -18,10 +18,10 @@ class Layout(NamedTuple):
     names share. `paths(name, shape)` are the canonical paths of an array's equal parts along its first axis, none for a
     name that the layout does not have. `own(path, config)` is the inverse: the name of the array that a leaf is part
     of, empty where the layout has no place for it. `part(path, shape, parts)` is a part's shape in the tree, as far as
-    it is known without the number of heads. `store(path, leaf)` is the part that a leaf becomes, `restore(path, part,
-    shape)` a view of it in the leaf's shape again. `assumed` are fields of the config that such files do not state, where they
-    are other than Google's; `ignored` matches the names of what is not the model's; `classifiers` are those that the
-    family's own code has; `prefix` is written before every name.
+    it is known without the number of heads. `store(path, leaf)` is the part that a leaf becomes, and `restore(path,
+    part, shape)` a view of the part as the leaf. `assumed` are fields of the config that such files do not state, where
+    they are other than Google's; `ignored` matches the names of what is not the model's; `classifiers` are those that
+    the family's own code has; `prefix` is written before every name.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 Sizes follow from the shapes and the npz format. Accuracies are in per cent, from google-research/vision_transformer's
 README: of what was fine-tuned from a file (at 384 px, without dropout), or of the file itself.
+`python -m vitfn.published` prints the table of weights/README.md.
 """
 
 import csv
@@ -44,3 +45,20 @@ def npz_bytes(config: ViTConfig) -> int:
     per_array = 30 + 20 + 128 + 46  # the member's header, its 64-bit sizes, the array's header, the directory's entry
     names = sum(2 * len(f"{path}.npy") for path in shapes(config))
     return sum(4 * math.prod(shape) + per_array for shape in shapes(config).values()) + names + 22
+
+
+def table() -> Iterator[str]:
+    """The table in Markdown, line by line."""
+    yield "| file | px | classes | arrays | parameters | bytes | accuracy, % | the same weights |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in published():
+        config = row.config
+        classes = f"{config.num_classes:,}" + (", zero head, pre_logits" if row.zero_head else "")
+        yield (
+            f"| {row.file} | {config.image_size} | {classes} | {len(shapes(config))} | {row.parameters:,} | "
+            f"{npz_bytes(config):,} | {row.accuracy} | {row.source} |"
+        )
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

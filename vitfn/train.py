@@ -127,7 +127,10 @@ def _config(fv: FlagValues, own: ViTConfig | None) -> ViTConfig:
     """The model by the flags, for any dataset; what they leave open is as in the file of weights, or else Google's."""
     overrides: dict[str, Any] = {"image_size": fv.img_size}
     if own:
-        overrides |= {name: getattr(own, name) for name in ("gelu", "layer_norm_eps", "mean", "std")}
+        fields = ["gelu", "layer_norm_eps", "mean", "std", "posemb"]
+        if not fv.model_type.endswith("-gap-norep"):
+            fields.append("classifier")
+        overrides |= {name: getattr(own, name) for name in fields}
     overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
     try:
         return get_config(fv.model_type, **overrides)

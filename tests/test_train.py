@@ -119,7 +119,7 @@ def refusal(capsys):
         ("--eval_batch_size=360", ["--eval_batch_size", "360", "359"]),
         ("--flagfile=absent.flags", ["flagfile", "absent.flags"]),
         ("--pretrained_dir=absent.npz", ["absent.npz", "No such file"]),
-        ("--pretrained_dir=/", ["/: expected an npz", "directory"]),
+        ("--pretrained_dir=/", ["/: expected a file of weights", "directory"]),
     ],
 )
 def test_a_wrong_flag_is_named_with_what_was_found_and_expected(refusal, flag, parts):
@@ -193,7 +193,7 @@ WRONG_WEIGHTS = {
     "no ZIP": (lambda path: path.write_bytes(b"\x93NUMPY" + b"\0" * 100), "106 bytes"),
     "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
     "objects": (_objects, "head/kernel"),
-    "another model": (_whole, "not the arrays of this model: missing cls"),
+    "another model": (_whole, "found arrays (head/kernel, ...)"),
     "another size": (lambda path: vitfn.save_npz(path, vitfn.init(SMALL), SMALL), "expected"),
 }
 

@@ -640,3 +640,53 @@ def test_class_names_need_a_config_that_counts_as_many(tmp_path):
         vitfn.save_npz(tmp_path / "model.npz", vitfn.init(SMALL, 0), class_names="0123456789")
     with pytest.raises(InputError, match="class_names: found 3, expected 10"):
         vitfn.save_npz(tmp_path / "model.npz", vitfn.init(SMALL, 0), SMALL, class_names=["a", "b", "c"])
+
+
+# Every layout
+
+
+@st.composite
+def configs(draw) -> vitfn.ViTConfig:
+    heads, patch = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    stem = draw(st.none() | st.builds(vitfn.ResNetConfig, st.lists(st.integers(1, 2), max_size=2), st.just(0.5)))
+    stride = math.prod(stem.strides) if stem else 1
+    return vitfn.ViTConfig(
+        patch_size=patch,
+        image_size=(grid[0] * patch * stride, grid[1] * patch * stride),
+        channels=draw(st.sampled_from([1, 3, 5])),
+        hidden_size=8 * heads,
+        num_layers=draw(st.integers(1, 11)),
+        num_heads=heads,
+        mlp_dim=draw(st.integers(1, 9)),
+        num_classes=draw(st.integers(0, 4)),
+        classifier=draw(st.sampled_from(["token", "gap", "map"])),
+        representation_size=draw(st.none() | st.integers(1, 5)),
+        posemb=draw(st.sampled_from(["learn", "sincos2d"])),
+        gelu=draw(st.sampled_from(["tanh", "erf"])),
+        mean=draw(st.sampled_from([0.5, 0.25])),
+        resnet=stem,
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(configs(), st.sampled_from(list(weights.LAYOUTS)), st.sampled_from(["npz", "safetensors"]))
+def test_any_model_makes_the_round_trip_through_a_layout_or_is_refused(tmp_path_factory, config, layout, suffix):
+    path = tmp_path_factory.mktemp("weights") / f"a.{suffix}"
+    params = random_params(config)
+    try:
+        vitfn.save(path, params, config, layout=layout)
+    except InputError as error:
+        assert str(error).startswith(f"layout={layout}: found ")
+        assert not path.exists()
+        return
+    found, loaded = weights.describe(path).config, vitfn.load(path)
+    images = torch.rand(2, config.channels, *config.image_hw)
+    with torch.no_grad():
+        outputs, again = vitfn.apply(params, images, config), vitfn.apply(loaded, images, found)
+    torch.testing.assert_close(again, outputs, atol=1e-4, rtol=1e-4)  # big_vision folds the class token's position
+    fixed_made_learned = found.posemb != config.posemb
+    folded = layout.startswith("big_vision") and config.classifier == "token"
+    if not (fixed_made_learned or folded):
+        assert found == config
+        assert_equal(loaded, params)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -188,14 +189,15 @@ class Checkpoint:
         def leaves(own: str) -> list[tuple[str, Tensor]]:
             found = []
             for path, part in zip(self.arrays[own], self.file.read(own, len(self.arrays[own])), strict=True):
-                leaf = self.layout.restore(path, part, expected[path])
+                leaf = self.layout.restore(path, part)
                 if not (self.file.owned and leaf.is_contiguous()):
                     leaf = torch.empty(leaf.shape).copy_(leaf)
-                found.append((path, leaf))
+                found.append((path, leaf.reshape(expected[path])))
             return found
 
         wanted = {*paths, *gammas}
         names = [own for own, held in self.arrays.items() if not wanted.isdisjoint(held)]
+        names.sort(key=lambda own: -math.prod(self.file.shapes[own]))  # while there is room for what is read and copied
         with ThreadPoolExecutor(4) as pool:  # reading and checksumming leave the interpreter lock
             done = tqdm(pool.map(leaves, names), "reading", len(names), leave=False, delay=2, disable=None)
             found = dict(leaf for several in done for leaf in several)
@@ -262,8 +264,8 @@ def _rank(prefix: str) -> int:
 
 def stored_shape(layout: Layout, leaves: Mapping[str, Shape]) -> Shape:
     """The shape of the array that leaves of these shapes make together."""
-    parts = [layout.store(path, torch.empty(shape, device="meta")) for path, shape in leaves.items()]
-    return tuple(torch.cat(parts).shape if len(parts) > 1 else parts[0].shape)
+    parts = [layout.store(path, torch.empty(shape, device="meta")).shape for path, shape in leaves.items()]
+    return (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else tuple(parts[0])
 
 
 def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: object) -> None:

@@ -79,7 +79,7 @@ ORIGINAL = Layout(
     own=lambda path, config: path,
     part=_part,
     store=_store_original,
-    restore=lambda path, part, shape: part.reshape(shape),
+    restore=lambda path, part: part,
 )
 LINEN = ORIGINAL._replace(name="linen", own=_linen, store=lambda path, leaf: leaf)
 BIG_VISION = LINEN._replace(name="big_vision", own=_big_vision, prefix="params/")

@@ -19,9 +19,9 @@ class Layout(NamedTuple):
     name that the layout does not have. `own(path, config)` is the inverse: the name of the array that a leaf is part
     of, empty where the layout has no place for it. `part(path, shape, parts)` is a part's shape in the tree, as far as
     it is known without the number of heads. `store(path, leaf)` is the part that a leaf becomes, and `restore(path,
-    part, shape)` a view of the part as the leaf. `assumed` are fields of the config that such files do not state, where
-    they are other than Google's; `ignored` matches the names of what is not the model's; `classifiers` are those that
-    the family's own code has; `prefix` is written before every name.
+    part)` a view of the part with the leaf's numbers in order. `assumed` are fields of the config that such files do
+    not state, where they are other than Google's; `ignored` matches the names of what is not the model's; `classifiers`
+    are those that the family's own code has; `prefix` is written before every name.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     own: Callable[[str, ViTConfig], str]
     part: Callable[[str, Shape, int], Shape]
     store: Callable[[str, Tensor], Tensor]
-    restore: Callable[[str, Tensor, Shape], Tensor]
+    restore: Callable[[str, Tensor], Tensor]
     assumed: dict[str, Any] = {}  # noqa: RUF012, never written
     ignored: str = r"(?!)"
     classifiers: tuple[str, ...] = ("token", "gap", "map")
@@ -58,10 +58,10 @@ def torch_store(path: str, leaf: Tensor) -> Tensor:
     return (leaf.flatten(0, -2) if path.endswith("out/kernel") else leaf.flatten(1)).T  # (H, d, D) or (D, H, d)
 
 
-def torch_restore(path: str, part: Tensor, shape: Shape) -> Tensor:
-    if path.endswith("kernel"):
-        part = part.permute(2, 3, 1, 0) if part.ndim == 4 else part.T
-    return part.reshape(shape)
+def torch_restore(path: str, part: Tensor) -> Tensor:
+    if not path.endswith("kernel"):
+        return part
+    return part.permute(2, 3, 1, 0) if part.ndim == 4 else part.T
 
 
 class _Template:

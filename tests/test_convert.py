@@ -113,7 +113,9 @@ def test_what_the_file_leaves_open_can_be_assumed(tmp_path, capsys):
     config = dataclasses.replace(SMALL, image_size=(16, 24), gelu="erf")
     arrays = weights.stored(tree.flatten(vitfn.init(config)), config, weights.LAYOUTS["timm"], "")
     np.savez(tmp_path / "a.npz", **{name: leaf.numpy() for name, leaf in arrays})
-    assert "found 6 patch positions" in refused(capsys, convert, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert "found 6 patch positions" in refused(
+        capsys, convert, tmp_path / "a.npz", tmp_path / "b.npz", "--assume=num_heads=3"
+    )
     assume = "--assume=num_heads=3,image_size=16x24,mean=[0.4,0.5,0.6],layer_norm_eps=1e-5"
     converted(capsys, tmp_path / "a.npz", tmp_path / "b.npz", assume)
     expected = dataclasses.replace(config, name="ViT", mean=(0.4, 0.5, 0.6), layer_norm_eps=1e-5)

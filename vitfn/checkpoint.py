@@ -59,13 +59,18 @@ class Checkpoint:
         """The config that the file states, or else one inferred from names and shapes, into which all arrays fit."""
         if self.stated:
             return self.stated
-        config = infer(self.found, self._known() | self._assume, self.path)
+        config = infer(self.found, self._known() | self._assume, self.path, self.arrays)
         self.compare(config)
         return config
 
     @property
     def _is_google(self) -> bool:
         return self.layout in google.LAYOUTS
+
+    @property
+    def _gammas(self) -> list[str]:
+        """The paths of LayerScale (Touvron et al., arXiv 2103.17239), which reading folds into the layer before."""
+        return [path for path in self.found if path.endswith("/gamma")]
 
     def _recognise(self, subtree: str) -> None:
         self.layout, self.prefix = _recognise(self.file.shapes, subtree, self.path)
@@ -83,10 +88,8 @@ class Checkpoint:
                     first = next(other for other, paths in self.arrays.items() if path in paths)
                     raise InputError(f"{self.path}: found both {first} and {own}, which are the same array")
                 self.found[path] = self.layout.part(path, shape, len(self.arrays[own]))
-        if not self._is_google and POSITIONS not in self.found:
-            raise InputError(f"{self.path}: found no position embeddings (rotary ones?), which vitfn does not compute")
-        unknown = (own for own, paths in self.arrays.items() if paths == (own,))
-        if not self._is_google and (what := foreign.unsupported(unknown)):
+        unknown = [own for own, paths in self.arrays.items() if paths == (own,)]
+        if not self._is_google and (what := foreign.unsupported(self.found, unknown)):
             raise InputError(f"{self.path}: found {what}, which vitfn does not compute")
 
     def _stated(self) -> ViTConfig | None:
@@ -108,8 +111,9 @@ class Checkpoint:
             big_vision = self.layout in (google.BIG_VISION, google.BIG_VISION_SCAN)
             return {"posemb": "sincos2d"} if big_vision and POSITIONS not in self.found else {}
         fields = self.layout.assumed
-        scaled = any(path.endswith("/gamma") for path in self.found)
-        if (scaled and "cls" in self.found) or getattr(self.file, "wrapper", None) == "model":  # DINOv2, DeiT-III; DeiT
+        if (self._gammas and "cls" in self.found) or getattr(
+            self.file, "wrapper", None
+        ) == "model":  # DINOv2, DeiT-III; DeiT
             fields = fields | foreign.IMAGENET
         return fields | self._beside.fields
 
@@ -118,11 +122,15 @@ class Checkpoint:
         if (comment := _description(self.file.comment)) is None:
             names = self._beside.class_names
             return names if names and len(names) == self.config.num_classes else None
-        names = comment["vitfn"].get("class_names")
-        if beside := comment["vitfn"].get("class_names_in"):
-            beside = str(Path(self.file.path).with_name(beside))
-            with _describing(beside):
-                names = json.loads(Path(beside).read_bytes())["class_names"]
+        with _describing(self.path):
+            names, beside = comment["vitfn"].get("class_names"), comment["vitfn"].get("class_names_in")
+            source = str(Path(self.file.path).with_name(beside)) if beside else self.path
+        with _describing(source):
+            names = json.loads(Path(source).read_bytes())["class_names"] if beside else names
+            if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise TypeError(f"class names: found {str(names)[:40]}, expected a list of strings")
+            if names and len(names) != self.config.num_classes:
+                raise ValueError(f"{len(names)} class names, expected {self.config.num_classes}")
         return tuple(names) if names else None
 
     def config_for(self, target: ViTConfig) -> ViTConfig:
@@ -164,6 +172,7 @@ class Checkpoint:
             expected[POSITIONS] = self.found[POSITIONS]
         if self.lacks_attention_biases:
             expected = {p: shape for p, shape in expected.items() if not _ATTENTION_BIAS.fullmatch(p)}
+        expected |= dict.fromkeys(self._gammas, (config.hidden_size,))
         names = {path: own for own, paths in self.arrays.items() for path in paths}
         parts: dict[str, list[str]] = {}
         for path in expected:
@@ -174,15 +183,13 @@ class Checkpoint:
         }
         have = {}
         for own, paths in self.arrays.items():
-            if not paths[0].endswith("/gamma"):
-                fits = own in wanted and all(self.found[path] == expected.get(path) for path in paths)
-                have[own] = wanted[own] if fits else self.file.shapes[own]
+            fits = own in wanted and all(self.found[path] == expected.get(path) for path in paths)
+            have[own] = wanted[own] if fits else self.file.shapes[own]
         compare(have, wanted, self.path)
 
     def read(self, paths: Collection[str], config: ViTConfig) -> dict[str, Tensor]:
         """Leaves of a model `config` by path, float32, in memory of their own, which the arrays are read into."""
-        gammas = {path: shape for path, shape in self.found.items() if path.endswith("/gamma")}
-        expected = shapes(config) | gammas
+        expected = shapes(config) | dict.fromkeys(self._gammas, (config.hidden_size,))
         if slotless := self.lacks_class_slot(config):
             expected[POSITIONS] = self.found[POSITIONS]
 
@@ -195,20 +202,19 @@ class Checkpoint:
                 found.append((path, leaf.reshape(expected[path])))
             return found
 
-        wanted = {*paths, *gammas}
+        wanted = {*paths, *self._gammas}
         names = [own for own, held in self.arrays.items() if not wanted.isdisjoint(held)]
         names.sort(key=lambda own: -math.prod(self.file.shapes[own]))  # while there is room for what is read and copied
         with ThreadPoolExecutor(4) as pool:  # reading and checksumming leave the interpreter lock
             done = tqdm(pool.map(leaves, names), "reading", len(names), leave=False, delay=2, disable=None)
             found = dict(leaf for several in done for leaf in several)
         if slotless and POSITIONS in found:
-            slot = torch.full_like(
-                found[POSITIONS][:, :1], -0.0
-            )  # to which whatever is added stays as it is, to the bit
+            slot = torch.full_like(found[POSITIONS][:, :1], -0.0)  # x + -0.0 is x, to the bit
             found[POSITIONS] = torch.cat([slot, found[POSITIONS]], dim=1)
-        for gamma in gammas:
+        for gamma in self._gammas:
             for name in ("kernel", "bias"):
-                found[gamma.replace("gamma", name)] *= found[gamma]
+                if (scaled := gamma.replace("gamma", name)) in found:
+                    found[scaled] *= found[gamma]
         return {path: found[path] for path in paths}
 
     @property
@@ -217,7 +223,7 @@ class Checkpoint:
         said = [f"{name} ignored: no part of the model" for name in self.elsewhere[:3]]
         if len(self.elsewhere) > 3:
             said[2:] = [f"{len(self.elsewhere) - 2} other arrays ignored: no part of the model"]
-        if any(path.endswith("/gamma") for path in self.found):
+        if self._gammas:
             said.append("LayerScale folded into the layer before it: the same function, up to rounding")
         if self.lacks_attention_biases:
             said.append("attention biases made zeros: the model has none")

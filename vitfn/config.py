@@ -76,11 +76,11 @@ class ViTConfig:
                 object.__setattr__(self, field, tuple(value))
         if isinstance(stem := self.resnet, dict):
             object.__setattr__(self, "resnet", ResNetConfig(**stem))
-        for field, least in _SIZES.items():
+        for field, smallest in _SIZES.items():
             value = getattr(self, field)
             optional = field == "representation_size" and value is None
-            if not optional and not (isinstance(value, int) and value >= least):
-                raise InputError(f"{field}: found {value}, expected an integer of at least {least}")
+            if not optional and not (isinstance(value, int) and value >= smallest):
+                raise InputError(f"{field}: found {value}, expected an integer of at least {smallest}")
         for field in ("dropout_rate", "attention_dropout_rate"):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and 0 <= value < 1):
@@ -96,11 +96,12 @@ class ViTConfig:
             )
         if self.posemb == "sincos2d" and (self.hidden_size % 4 or self.hidden_size < 8):
             raise InputError(f"hidden_size: found {self.hidden_size}, expected a multiple of 4 for sincos2d positions")
+        least: float
         for field, least in (("mean", -math.inf), ("std", 0), ("layer_norm_eps", 0)):
             value = getattr(self, field)
             values = value if isinstance(value, tuple) and field != "layer_norm_eps" else (value,)
             if not all(isinstance(number, (int, float)) and least < number < math.inf for number in values):
-                raise InputError(f"{field}: found {value}, expected numbers above {least}")
+                raise InputError(f"{field}: found {value}, expected numbers above {least:g}")
             if values is value and len(value) != self.channels:
                 raise InputError(f"{field}: found {len(value)} numbers, expected one or channels={self.channels}")
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2

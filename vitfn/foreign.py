@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,12 +159,12 @@ def _timm() -> Layout:
 
 
 def _hugging_face(name: str, table: dict[str, str], **assumed: Any) -> Layout:
-    """The base model's names, under a prefix of their own where there is a classifier beside it."""
-    anchor = r"((?:.*\.)??)(?:vit\.|dinov2\.)?embeddings\.patch_embeddings\.projection\.weight"
-    layout = _layout(name, anchor, table, ignored=r"(dinov2\.|vit\.)?embeddings\.mask_token", **assumed)
+    """The base model's names, under a prefix of their own ('vit.') where there is a classifier beside it."""
+    anchor = r"((?:.*\.)??)(?:\w+\.)?embeddings\.patch_embeddings\.projection\.weight"
+    layout = _layout(name, anchor, table, ignored=r"(\w+\.)?embeddings\.mask_token", **assumed)
 
     def paths(name: str, shape: Shape) -> tuple[str, ...]:
-        return layout.paths(re.sub(r"^(vit|dinov2)\.", "", name), shape)
+        return layout.paths(name, shape) or layout.paths(name.partition(".")[2], shape)
 
     def own(path: str, config: ViTConfig) -> str:
         name = layout.own(path, config)
@@ -187,22 +187,28 @@ _REFUSED = {
     r"reg_token|register_tokens": "register tokens",
     r"rope|rotary|freqs": "rotary positions",
     r"[qk]_norm|norm_[qk]\b": "normalised queries and keys",
-    r"mlp\.(w12|w3|fc1_g|norm)|weights_in": "a gated or normalised MLP",
+    r"mlp\.(w12|w3|fc1_g|norm|gate_proj|up_proj)|weights_in": "a gated or normalised MLP",
+    r"q_bias|v_bias": "a query and value bias without a key's",
     r"dist_token|distillation_token|head_dist": "a distillation token",
     r"norm_pre|pre_layernorm": "a norm before the first block",
     r"fc_norm": "a norm after pooling",
     r"relative_position|rel_pos": "relative positions",
-    r"q_bias|v_bias": "a query and value bias without a key's",
     r"patchln_": "normalised patches",
+    r"gamma_[12]\b": "LayerScale under a name that plain Vision Transformers do not have",
 }
 
 
-def unsupported(names: Iterable[str]) -> str | None:
-    """What a model with arrays of such names has that vitfn cannot compute, if one can tell."""
-    for name in names:
-        for pattern, what in _REFUSED.items():
+def unsupported(found: Mapping[str, Shape], unknown: Collection[str]) -> str | None:
+    """What a model has that vitfn cannot compute, by the shapes of the leaves known and the other arrays' names."""
+    if POSITIONS not in found:
+        return "no position embeddings (rotary or relative ones?)"
+    for pattern, what in _REFUSED.items():
+        for name in unknown:
             if re.search(pattern, name):
                 return f"{what} ({name})"
+    outputs, inputs = (found.get(f"{_MLP.format(0)}/Dense_{i}/kernel", ()) for i in (0, 1))
+    if len(outputs) == len(inputs) == 2 and outputs[1] == 2 * inputs[0]:
+        return f"a gated MLP (of {outputs[1]} features, {inputs[0]} go on)"
     return None
 
 

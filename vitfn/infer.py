@@ -1,7 +1,7 @@
 """A model's config from the shapes of its leaves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vitfn.config import VARIANTS, ResNetConfig, ViTConfig, get_config, model_names
@@ -12,11 +12,11 @@ from vitfn.layout import Shape
 _BLOCK = "Transformer/encoderblock_0"
 
 
-def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str) -> ViTConfig:
+def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str, names: Iterable[str]) -> ViTConfig:
     """The config of a model with leaves of these shapes, by path; `fields` are known otherwise and come first.
 
     Where attention is stored without its heads, a published model's are assumed, or heads of 64. Raises InputError for
-    what is no Vision Transformer.
+    what is no Vision Transformer, with some of the arrays' names in the file at `path`.
     """
     try:
         patch_size, _, channels, hidden_size = found["embedding/kernel"]
@@ -28,7 +28,7 @@ def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str) -> V
             "classifier": "token" if "cls" in found else "map" if "MAPHead_0/probe" in found else "gap",
             "resnet": _stem(found),
         }
-        sizes["num_heads"] = fields.get("num_heads") or _heads(found, sizes)
+        sizes["num_heads"] = fields.get("num_heads") or _heads(found, hidden_size, path)
         if sizes["resnet"]:
             channels = found["conv_root/kernel"][2]
         sizes |= {
@@ -41,8 +41,8 @@ def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str) -> V
     except InputError:
         raise
     except (KeyError, IndexError, ValueError):
-        names = ", ".join(sorted(found)[:3])
-        raise InputError(f"{path}: found arrays ({names}, ...) that are not a plain Vision Transformer's") from None
+        listed = ", ".join(sorted(names)[:3])
+        raise InputError(f"{path}: found arrays ({listed}, ...) that are not a plain Vision Transformer's") from None
     try:
         return ViTConfig(**(_published(sizes) | sizes | dict(fields)))
     except (InputError, TypeError) as error:
@@ -68,12 +68,17 @@ def _stem(found: Mapping[str, Shape]) -> ResNetConfig | None:
     return ResNetConfig(tuple(stages), found["conv_root/kernel"][3] / 64)
 
 
-def _heads(found: Mapping[str, Shape], sizes: Mapping[str, Any]) -> int:
+def _heads(found: Mapping[str, Shape], hidden_size: int, path: str) -> int:
     query = found[f"{_BLOCK}/MultiHeadDotProductAttention_1/query/kernel"]
     if len(query) == 3:
         return query[1]
     published = {hidden: heads for hidden, _, heads, _ in VARIANTS.values()}
-    return published.get(sizes["hidden_size"]) or max(sizes["hidden_size"] // 64, 1)
+    if hidden_size not in published and hidden_size % 64:
+        raise InputError(
+            f"{path}: num_heads cannot be seen in this layout, and a width of {hidden_size} is no published model's; "
+            "expected a config, or --assume=num_heads=..."
+        )
+    return published.get(hidden_size, hidden_size // 64)
 
 
 def _published(sizes: Mapping[str, Any]) -> dict[str, Any]:

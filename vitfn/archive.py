@@ -155,7 +155,8 @@ class Archive:
             if dtype.kind == "V":
                 leaf.copy_(torch.from_numpy(array.view(np.int16)).view(torch.bfloat16))
             elif dtype != np.float32:
-                leaf.numpy()[...] = array
+                with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+                    leaf.numpy()[...] = array
         return leaves
 
 

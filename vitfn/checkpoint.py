@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitfn import foreign, google
+from vitfn.archive import blaming
 from vitfn.config import ViTConfig
 from vitfn.containers import open_file
 from vitfn.errors import InputError
@@ -157,8 +158,8 @@ class Checkpoint:
 
     def lacks_class_slot(self, config: ViTConfig) -> bool:
         """Whether there is no position for the class token, as in big_vision and DeiT-III."""
-        positions = self.found.get(POSITIONS, ())
-        return config.classifier == "token" and positions[:2] == (1, config.num_tokens - 1)
+        slotless = (1, config.num_tokens - 1, config.hidden_size)
+        return config.classifier == "token" and self.found.get(POSITIONS) == slotless
 
     @property
     def lacks_attention_biases(self) -> bool:
@@ -178,9 +179,10 @@ class Checkpoint:
         for path in expected:
             own = names.get(path) or self.prefix + (self.layout.own(path, config) or path)
             parts.setdefault(own, []).append(path)
-        wanted = {
-            own: stored_shape(self.layout, {path: expected[path] for path in paths}) for own, paths in parts.items()
-        }
+        with blaming(self.path, "found shapes that no model has"):
+            wanted = {
+                own: stored_shape(self.layout, {path: expected[path] for path in paths}) for own, paths in parts.items()
+            }
         have = {}
         for own, paths in self.arrays.items():
             fits = own in wanted and all(self.found[path] == expected.get(path) for path in paths)
@@ -298,5 +300,5 @@ def _description(comment: bytes) -> dict[str, Any] | None:
 def _describing(path: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError, RecursionError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: found no description of a model that this version can read ({error})") from None

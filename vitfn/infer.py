@@ -40,12 +40,12 @@ def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str, name
             sizes["image_size"] = image_size(found, sizes, path)
     except InputError:
         raise
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, OverflowError):
         listed = ", ".join(sorted(names)[:3])
         raise InputError(f"{path}: found arrays ({listed}, ...) that are not a plain Vision Transformer's") from None
     try:
         return ViTConfig(**(_published(sizes) | sizes | dict(fields)))
-    except (InputError, TypeError) as error:
+    except (InputError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: {error}") from None
 
 

@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -33,9 +32,8 @@ from vitfn import foreign, google, tree, weights
 from vitfn.containers import open_file, write_file
 from vitfn.errors import InputError
 
-# fmt: off
-CONFIG = vitfn.ViTConfig(patch_size=4, image_size=8, hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8, num_classes=3)
-# fmt: on
+SIZES = {"patch_size": 4, "image_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 8}
+CONFIG = vitfn.ViTConfig(num_classes=3, **SIZES)
 GENERATOR = torch.Generator().manual_seed(0)
 PARAMS = tree.unflatten({path: torch.randn(size, generator=GENERATOR) for path, size in vitfn.shapes(CONFIG).items()})
 
@@ -174,12 +172,18 @@ def test_parts_are_equal_parts_of_the_first_axis(tmp_path, write, kind):
             assert {part.shape for part in found} == {(6 // parts, expected.shape[1])}
 
 
+SIGNALLING = [0x7FF0000000000001, 0x7FF7FFFFFFFFFFFF]  # what processors make of these NaNs is an exception
+
+
 @each_format
-def test_a_number_beyond_float32_is_infinite(tmp_path, write, kind, request):
+def test_numbers_that_float32_does_not_have_are_read_without_a_warning(tmp_path, write, kind, request):
     if kind == "npz":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="numpy warns of the overflow"))
-    write(tmp_path / "a", {"a": torch.tensor([1e300, -1e300, 1.0], dtype=torch.float64)})
-    assert read(tmp_path / "a")["a"].float().tolist() == [math.inf, -math.inf, 1]
+        request.applymarker(pytest.mark.xfail(strict=True, reason="numpy: invalid value encountered in cast"))
+    wide = torch.tensor([1e300, -1e300, 1.0], dtype=torch.float64)
+    write(tmp_path / "a", {"a": wide, "b": torch.tensor(SIGNALLING).view(torch.float64)})
+    found = read(tmp_path / "a")
+    assert found["a"].float().tolist() == [math.inf, -math.inf, 1]
+    assert found["b"].float().isnan().all()
 
 
 def training_state() -> dict:
@@ -389,16 +393,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 DTYPES = {"F32": ("<f4", "Float", 4), "F16": ("<f2", "Half", 2), "BF16": ("|V2", "BFloat16", 2)}
 DTYPES |= {"F64": (">f8", "Double", 8), "I64": ("<i8", "Long", 8), "F8_E4M3": ("|O", "Untyped", 1), "X": ("X", "X", 4)}
 NUMBERS = (-1, 0, 1, 2, 3, 4, 5, 8, 9, 16, 24, 25, 10**6, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**30)
-NAMES = (
-    "",
-    "a\nb",
-    "../../a",
-    "blocks.9999.norm1.bias",
-    "Transformer/encoderblock_999999999/a",
-    "/a",
-    "b\\a",
-    "é" * 99,
-)
+NAMES = ("", "a\nb", "../../a", "blocks.9999.norm1.bias", "Transformer/encoderblock_999999999/a", "/a", "b\\a")
 Arrays = dict[str, tuple[str, tuple[int, ...], int, bytes]]  # type, shape, number of elements, and the bytes
 
 
@@ -504,7 +499,6 @@ def fuzz(form: str, folder: str, count: int = 2000, seed: int = 0) -> dict:
 @pytest.mark.parametrize("form", WRITERS)
 def test_2000_damaged_files_are_refused_or_read(tmp_path, form):
     report = isolated("fuzz", form, tmp_path)
-    print(report)
     assert report["problems"] == []
     assert report["seen"] == []
     assert report["handles"] == 0
@@ -546,8 +540,11 @@ def commented(text: str) -> bytes:
     return safetensors({"__metadata__": {"vitfn": text}} | json.loads(plain[8:end]), plain[end:])
 
 
+def stating(**fields) -> bytes:
+    return commented(json.dumps({"vitfn": {"config": SIZES | fields}}))
+
+
 F32, NUMBER, WRITE = "F32", npy("<f4", (), bytes(4)), "open('executed', 'w')"
-SIZES = {"patch_size": 4, "image_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 8}
 HIDDEN = call("builtins bytearray", 1 << 29)  # 512 MB, for a pickle that nobody looks at
 CODE = {
     "os.system": call("posix system", "touch executed"),
@@ -636,12 +633,8 @@ REFUSED: dict[str, bytes | Callable[[], bytes]] = {
     "safetensors, unknown type": safetensors({"a": entry("F8", (4,), 0, 4)}, bytes(4)),
     "safetensors, another config": commented('{"vitfn": {"config": {"hidden_size": 24}}}'),
     "safetensors, a config of unknown fields": commented('{"vitfn": {"config": {"width": 8}}}'),
-    "safetensors, a config of a million layers": commented(
-        json.dumps({"vitfn": {"config": SIZES | {"num_layers": 10**6}}})
-    ),
-    "safetensors, a config of infinite width": commented(
-        json.dumps({"vitfn": {"config": SIZES | {"resnet": {"width_factor": 1e308}}}})
-    ),
+    "safetensors, a config of a million layers": stating(num_layers=10**6),
+    "safetensors, a config of infinite width": stating(resnet={"width_factor": 1e308}),
     "safetensors, no config": commented('{"vitfn": {}}'),
 }
 TRICKS = ("../../x", "/x", "..\\..\\x", "C:x", "a\nb", "a\r\x1b[31mb", "", ".", "é" * 10_000, *NAMES)
@@ -670,6 +663,7 @@ def hostile(names, must: tuple[str, ...]):
         yield pytest.param(name, must, id=name, marks=[pytest.mark.xfail(strict=True, reason=r) for r in reasons])
 
 
+@linux
 @pytest.mark.parametrize("code", CODE.values(), ids=CODE)
 def test_hostile_pickles_are_live(tmp_path, monkeypatch, code):
     monkeypatch.chdir(tmp_path)
@@ -681,6 +675,8 @@ def test_hostile_pickles_are_live(tmp_path, monkeypatch, code):
 
 def probe(folder: str) -> dict[str, dict]:
     """What reading and loading each file of a folder does to a process of its own, of 3 seconds and 4 GB more."""
+    import resource  # Windows has none
+
     reports, good = {}, Path(folder).with_name("good")
     for form in WRITERS:  # imports what is imported when it is first needed
         good.write_bytes(composed(form, arrays_of(form)))

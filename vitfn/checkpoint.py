@@ -99,6 +99,8 @@ class Checkpoint:
             return None
         with _describing(self.path):
             config = ViTConfig(**comment["vitfn"]["config"])
+            if max(config.num_layers, sum(config.resnet.num_layers) if config.resnet else 0) > len(self.found):
+                raise ValueError("more layers than there are arrays")
         self.compare(config)
         return config
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vitfn.archive import blaming
 from vitfn.errors import InputError
 
-_LARGEST_PICKLE = 16 << 20  # bytes; a state dict's is some 50 KB
+_LARGEST_PICKLE = 2 << 20  # bytes; a state dict's is some 50 KB
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
 # Training scripts keep the model's state dict beside the optimizer's under one of these names.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
@@ -69,8 +69,10 @@ class _Strided(NamedTuple):
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) if self.numel else 0
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Strided:
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, lazy: Any = None) -> _Strided:
     """torch._utils._rebuild_tensor_v2, without a tensor."""
+    if lazy:
+        raise ValueError(f"a tensor that is yet to be computed: {lazy}")
     numbers = (offset, *shape, *stride)
     tensor = _Strided(storage, offset, shape, stride)
     if not isinstance(storage, _Storage) or not all(isinstance(n, int) and 0 <= n < 2**40 for n in numbers):
@@ -90,12 +92,12 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "collections OrderedDict": lambda: {},
-    # what an optimizer's and a schedule's states hold beside tensors
-    **dict.fromkeys(("collections Counter", "builtins set", "torch Size", "torch device"), lambda *_: None),
-    **dict.fromkeys(
-        ("torch float16", "torch bfloat16", "torch float32", "torch float64", "torch int64"), lambda *_: None
-    ),
 }
+# What lies beside tensors in the states of optimizers and schedules is not made.
+for _name in ("Size", "device", "float16", "bfloat16", "float32", "float64", "int64"):
+    _CALLS[f"torch {_name}"] = lambda *_: None
+for _name in ("collections Counter", "__builtin__ set", "_codecs encode"):
+    _CALLS[_name] = lambda *_: None
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _GIVEN = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINSTRING", "BINSTRING")
 _MARK = object()
@@ -107,16 +109,16 @@ def follow(stream: IO[bytes]) -> Any:
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
-        start = max(i for i, item in enumerate(stack) if item is _MARK)
-        items = stack[start + 1 :]
-        del stack[start:]
-        return items
+        items = []
+        while (item := stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
 
     def put(target: Any, pairs: list[Any]) -> None:
-        keys = pairs[::2]
-        if not isinstance(target, dict) or not all(isinstance(key, (str, int)) for key in keys):
-            raise ValueError("a dict by other keys than strings and integers")
-        target.update(zip(keys, pairs[1::2], strict=True))
+        named = zip(pairs[::2], pairs[1::2], strict=True)
+        if not isinstance(target, dict):
+            raise ValueError(f"{type(target).__name__} with items, expected a dict")
+        target.update((key, item) for key, item in named if isinstance(key, (str, int)))  # no others name an array
 
     argument: Any
     for operation, argument, _ in pickletools.genops(stream):
@@ -260,6 +262,8 @@ def _legacy(file: IO[bytes]) -> tuple[Any, _Places]:
             todo += item.values() if isinstance(item, dict) else item
     places, place = {}, stream.tell()
     for key in keys:
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
         file.seek(place)
         (numel,) = struct.unpack("<q", file.read(8))
         size = numel * dtypes[key].itemsize

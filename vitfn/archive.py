@@ -155,7 +155,7 @@ class Archive:
             if dtype.kind == "V":
                 leaf.copy_(torch.from_numpy(array.view(np.int16)).view(torch.bfloat16))
             elif dtype != np.float32:
-                with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+                with np.errstate(all="ignore"):  # what float32 cannot hold is infinite
                     leaf.numpy()[...] = array
         return leaves
 

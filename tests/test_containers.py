@@ -304,10 +304,13 @@ def call(function: str, *arguments) -> bytes:
     return b"c" + function.replace(" ", "\n").encode() + b"\n" + op(arguments) + b"R"
 
 
+REBUILD = "torch._utils _rebuild_tensor_v2"
+
+
 def tensor(count: int, shape: tuple, strides: tuple, dtype: str = "Float", key: str = "0", more: tuple = ()) -> bytes:
     """What torch.save pickles of a tensor in a storage of `count` elements; legacy files have one `more` None."""
     storage = op(("storage", f"ctorch\n{dtype}Storage\n".encode(), key, "cpu", count, *more)) + b"Q"
-    return call("torch._utils _rebuild_tensor_v2", storage, 0, shape, strides, False, call("collections OrderedDict"))
+    return call(REBUILD, storage, 0, shape, strides, False, call("collections OrderedDict"))
 
 
 def pickled(value) -> bytes:
@@ -566,11 +569,12 @@ def pickles(more: tuple = ()) -> dict[str, object]:
         "a negative shape": {"a": tensor(16, (-4, -4), (4, 1), more=more)},
         "a shape beyond 64 bits": {"a": tensor(16, (2**62, 2**62), (0, 0), more=more)},
         "a shape of 2**64": {"a": tensor(16, (2**32, 2**32), (0, 0), more=more)},
+        "a lazy tensor that doubles": call(REBUILD, None, 0, (), (), False, None, doubling(60)),
         "more than the storage": {"a": tensor(16, (1 << 27,), (1,), more=more)},
         "nested lists": b"]" * 100_000 + b"a" * 99_999,
         "nested tuples": b")" + b"\x85" * 100_000,
         "nested marks": b"(" * 50_000 + b"t" * 50_000,
-        "a deep key": {b")" + b"\x85" * 200_000: 1},
+        "a deep key": {b")" + b"\x85" * 160_000: 1},
         "a doubling key": {doubling(60): 1},
         "a doubling function": doubling(60) + b")R",
         "a doubling text": b"c_codecs\nencode\n" * 26 + encode + (op("hex") + b"\x86R") * 26,
@@ -589,7 +593,7 @@ REFUSED: dict[str, bytes | Callable[[], bytes]] = {
     **{f"torch, {name}": torch_zip(value) for name, value in pickles().items()},
     **{f"legacy, {name}": torch_legacy(value) for name, value in pickles((None,)).items()},
     "legacy, keys": torch_legacy({}, keys=HIDDEN),
-    "legacy, deep keys": torch_legacy({}, (b")" + b"\x85" * 200_000,), bytes(64)),
+    "legacy, deep keys": torch_legacy({}, (b")" + b"\x85" * 160_000,), bytes(64)),
     "legacy, doubling keys": torch_legacy({}, (doubling(60),), bytes(64)),
     "legacy, before an archive": torch_legacy(HIDDEN) + torch_zip({}),
     "torch, before an archive as long": torch_zip(HIDDEN) + torch_zip(b"}." + bytes(len(HIDDEN) - 2)),
@@ -605,7 +609,7 @@ REFUSED: dict[str, bytes | Callable[[], bytes]] = {
     "npz, bomb": lambda: zipped({"cls.npy": npy("<f4", (1 << 28,), bytes(1 << 30))}, zipfile.ZIP_DEFLATED),
     "npz, nested": zipped({"cls.npz": zipped({"a.npy": NUMBER})}),
     "npz, nested as npy": zipped({"cls.npy": zipped({"a.npy": NUMBER})}),
-    "npz, a member 60,000 times": zipped({"cls.npy": npy("<f4", (10**5,), bytes(4 * 10**5))}, copies=59_999),
+    "npz, a member 20,000 times": zipped({"cls.npy": npy("<f4", (10**5,), bytes(4 * 10**5))}, copies=19_999),
     "npz, 5,000 members": lambda: zipped({f"{i}.npy": NUMBER for i in range(5000)}),
     "npz, 2**62 classes": changed("npz", {"head/kernel": (0, 2**62), "head/bias": (2**62, 0)}),
     "npz, no width": changed("npz", {google.POSITIONS: (1, 4, 0)}),
@@ -701,6 +705,7 @@ def probed(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize(
     ("name", "must"),
     [*((name, ("refused: ",)) for name in REFUSED), *((name, ("refused: ", "read")) for name in HARMLESS)],
+    ids=[*REFUSED, *HARMLESS],
 )
 def test_a_hostile_file_is_refused_or_harmless(probed, name, must):
     report = probed[name]

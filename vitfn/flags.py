@@ -212,6 +212,17 @@ def convert_flags(fv: flags.FlagValues) -> None:
     )
 
 
+def compare_flags(fv: flags.FlagValues) -> None:
+    flags.DEFINE_string("plot", "", "Draw the curves to this file, whose suffix names the format.", flag_values=fv)
+    flags.DEFINE_float(
+        "limit",
+        0.01,
+        "Largest unsigned mean relative error that passes (a fraction); beyond it the exit code is 1.",
+        lower_bound=0,
+        flag_values=fv,
+    )
+
+
 def assume_flags(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "assume",
@@ -238,7 +249,7 @@ def parse_assumed(assumed: str) -> dict[str, Any]:
 
 
 def run_command(
-    command: Callable[..., None],
+    command: Callable[..., int | None],
     argv: list[str],
     *groups: Callable[[flags.FlagValues], None],
     arguments: tuple[str, ...] = (),
@@ -262,7 +273,7 @@ def run_command(
         if len(extra) != len(arguments):
             expected = f"the arguments {' '.join(arguments)}" if arguments else "--flag=value"
             raise InputError(f"found {' '.join(extra) or 'no arguments'}, expected {expected}")
-        command(fv, *extra)
+        code = command(fv, *extra)
         sys.stdout.flush()
     except (flags.Error, InputError) as error:
         print("vitfn: " + " ".join(str(error).split()), file=sys.stderr)
@@ -278,4 +289,4 @@ def run_command(
     except KeyboardInterrupt:
         print("vitfn: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    return code or 0

@@ -72,7 +72,7 @@ class _Strided(NamedTuple):
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, lazy: Any = None) -> _Strided:
     """torch._utils._rebuild_tensor_v2, without a tensor."""
     if lazy:
-        raise ValueError(f"a tensor that is yet to be computed: {lazy}")
+        raise ValueError("a tensor that is yet to be computed")
     numbers = (offset, *shape, *stride)
     tensor = _Strided(storage, offset, shape, stride)
     if not isinstance(storage, _Storage) or not all(isinstance(n, int) and 0 <= n < 2**40 for n in numbers):

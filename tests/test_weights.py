@@ -677,8 +677,10 @@ def test_any_model_makes_the_round_trip_through_a_layout_or_is_refused(tmp_path_
     try:
         vitfn.save(path, params, config, layout=layout)
     except InputError as error:
-        assert str(error).startswith(f"layout={layout}: found ")
-        assert not path.exists()
+        refused = str(error).startswith(f"layout={layout}: found ") and not path.exists()
+    else:
+        refused = False
+    if refused:
         return
     found, loaded = weights.describe(path).config, vitfn.load(path)
     images = torch.rand(2, config.channels, *config.image_hw)

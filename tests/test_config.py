@@ -307,6 +307,10 @@ def test_a_bad_choice_is_refused_with_the_good_ones(field, value, choices):
     assert refusal(**{field: value}) == f"{field}: found {value!r}, expected one of {choices}"
 
 
+def test_a_name_that_is_no_string_is_refused():
+    assert refusal(name=["B/16"]).startswith("name: found ['B/16'], expected a string")
+
+
 def test_a_stem_that_is_none_is_refused():
     assert refusal(resnet="R50") == "resnet: found 'R50', expected None or a ResNetConfig"
 

@@ -313,6 +313,11 @@ def test_a_line_break_in_an_array_s_name_stays_out_of_the_message(tmp_path):
     refusal(vitfn.load_npz, write(tmp_path / "a.npz", {"a\nb": zeros(3)}), SMALL)
 
 
+def test_a_terminal_s_commands_in_an_array_s_name_stay_out_of_the_message(tmp_path):
+    message = refusal(vitfn.load_npz, write(tmp_path / "a.npz", {"a\x1b[31mb": zeros(3)}), SMALL)
+    assert "a?[31mb" in message
+
+
 def test_what_is_no_archive_is_refused(tmp_path):
     for function in (weights.describe, vitfn.load_npz):
         refusal(function, tmp_path / "absent.npz")

@@ -74,6 +74,8 @@ class ViTConfig:
         for field in ("image_size", "mean", "std"):  # JSON and argument parsers hand over lists
             if isinstance(value := getattr(self, field), list):
                 object.__setattr__(self, field, tuple(value))
+        if not isinstance(self.name, str):
+            raise InputError(f"name: found {self.name!r}, expected a string")
         if isinstance(stem := self.resnet, dict):
             object.__setattr__(self, "resnet", ResNetConfig(**stem))
         for field, smallest in _SIZES.items():

@@ -8,4 +8,5 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # names in foreign files hold any character
+        line = " ".join(message.splitlines())  # names in foreign files hold any character, terminals' commands too
+        super().__init__("".join(character if character.isprintable() else "?" for character in line))

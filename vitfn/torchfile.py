@@ -6,6 +6,7 @@ byte arrays of any size and tensors larger than their memory. An array's bytes a
 """
 
 import io
+import math
 import mmap
 import os
 import pickletools
@@ -61,7 +62,7 @@ class _Strided(NamedTuple):
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def extent(self) -> int:

@@ -53,10 +53,10 @@ def _same(x: Tensor, size: int, stride: int, value: float = 0.0) -> Tensor:
 
 def std_conv(params: Tree, x: Tensor, stride: int = 1) -> Tensor:
     """Convolution by a kernel standardised for each output (Qiao et al., arXiv 1903.10520): (B, C, H, W) -> same."""
-    kernel = params["kernel"]
-    deviation = kernel.std(dim=(0, 1, 2), correction=0)  # (out,)
-    kernel = (kernel - kernel.mean(dim=(0, 1, 2))) / (deviation + 1e-5)
-    return F.conv2d(_same(x, kernel.shape[0], stride), kernel.permute(3, 2, 0, 1), stride=stride)
+    kernel = params["kernel"].permute(3, 2, 0, 1).contiguous()  # (out, in, height, width)
+    kernel = kernel - kernel.mean(dim=(1, 2, 3), keepdim=True)
+    deviation = kernel.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (out, 1, 1, 1)
+    return F.conv2d(_same(x, kernel.shape[2], stride), kernel / (deviation + 1e-5), stride=stride)
 
 
 def group_norm(params: Tree, x: Tensor) -> Tensor:

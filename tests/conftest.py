@@ -1,5 +1,6 @@
 """What the tests share: where reference numbers and data lie, and the small model that most of them use."""
 
+import math
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import vitfn
+from vitfn import tree
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"  # outputs of Google's own JAX code, with the weights they belong to
@@ -41,3 +43,18 @@ def expected(name: str) -> dict[str, np.ndarray]:
 def nchw(images: np.ndarray) -> torch.Tensor:
     """JAX's images (B, H, W, C) as apply takes them: (B, C, H, W)."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def assert_gradients(grads: dict, reference: dict[str, np.ndarray]) -> None:
+    """Each array within 1e-5 of JAX's, relative to its own norm or to a thousandth of the whole gradient's."""
+    want = {name.removeprefix("grad/"): value for name, value in reference.items() if name.startswith("grad/")}
+    flat = tree.flatten(grads)
+    assert flat.keys() == want.keys()
+    whole = math.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in want.values()))
+    for name, value in want.items():
+        found = flat[name].numpy()
+        if value.ndim == 4 and value.shape[:3] == (1, 1, 1):  # group normalisation, as files before flax 0.3.6 have it
+            value = value.reshape(-1)
+        assert found.shape == value.shape, name
+        error = np.linalg.norm(found - value)
+        assert error <= 1e-5 * max(np.linalg.norm(value), 1e-3 * whole), name

@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,13 +34,18 @@ def blaming(what: str, found: str = "damaged, or not an array of numbers") -> It
         raise InputError(f"{what}: {found} ({reason})") from None
 
 
+def data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin in its archive: behind its own header, name and extra field."""
+    file.seek(info.header_offset + 26)
+    return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
 class _Stored:
     """An uncompressed member, read into given memory without a copy between; checked as zipfile checks it."""
 
     def __init__(self, path: str, info: zipfile.ZipInfo):
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed on leaving the context
-        self._file.seek(info.header_offset + 26)
-        self._file.seek(info.header_offset + 30 + sum(struct.unpack("<HH", self._file.read(4))))
+        self._file.seek(data_offset(self._file, info))
         self._info, self._crc, self._done = info, 0, 0
 
     def __enter__(self) -> "_Stored":

@@ -114,9 +114,8 @@ class Checkpoint:
             big_vision = self.layout in (google.BIG_VISION, google.BIG_VISION_SCAN)
             return {"posemb": "sincos2d"} if big_vision and POSITIONS not in self.found else {}
         fields = self.layout.assumed
-        if (self._gammas and "cls" in self.found) or getattr(
-            self.file, "wrapper", None
-        ) == "model":  # DINOv2, DeiT-III; DeiT
+        deit = getattr(self.file, "wrapper", None) == "model"  # as its authors publish it
+        if deit or (self._gammas and "cls" in self.found):  # DINOv2, DeiT-III
             fields = fields | foreign.IMAGENET
         return fields | self._beside.fields
 
@@ -137,7 +136,10 @@ class Checkpoint:
         return tuple(names) if names else None
 
     def config_for(self, target: ViTConfig) -> ViTConfig:
-        """`target`, but with the sizes that the file has, where they are such as can be adapted to `target`'s."""
+        """`target`, but with the sizes that the file has, where they are such as can be adapted to `target`'s.
+
+        All the file's arrays fit into it; InputError lists those that do not.
+        """
         fields: dict[str, Any] = {}
         width, classes = self.found.get("pre_logits/bias", ()), self.found.get("head/bias", ())
         if len(width) == 1 and not target.representation_size:
@@ -156,7 +158,9 @@ class Checkpoint:
         elif positions[::2] == (1, target.hidden_size) and positions[1] not in (patches, target.num_tokens):
             classifier = "token" if "cls" in self.found else target.classifier
             fields["image_size"] = image_size(self.found, vars(target) | {"classifier": classifier}, self.path)
-        return dataclasses.replace(target, **fields)
+        config = dataclasses.replace(target, **fields)
+        self.compare(config)
+        return config
 
     def lacks_class_slot(self, config: ViTConfig) -> bool:
         """Whether there is no position for the class token, as in big_vision and DeiT-III."""
@@ -168,14 +172,18 @@ class Checkpoint:
         """Whether queries, keys and values have none, as in some of timm's models."""
         return not self._is_google and not any(path.endswith("/query/bias") for path in self.found)
 
+    def _leaves(self, config: ViTConfig) -> dict[str, Shape]:
+        """The shapes of a model's leaves as this file has them: without class slot or biases, or with LayerScale."""
+        leaves = shapes(config)
+        if self.lacks_class_slot(config):
+            leaves[POSITIONS] = self.found[POSITIONS]
+        if self.lacks_attention_biases:
+            leaves = {path: shape for path, shape in leaves.items() if not _ATTENTION_BIAS.fullmatch(path)}
+        return leaves | dict.fromkeys(self._gammas, (config.hidden_size,))
+
     def compare(self, config: ViTConfig) -> None:
         """Raises an InputError that lists every difference between the file's arrays and the model's."""
-        expected = shapes(config)
-        if self.lacks_class_slot(config):
-            expected[POSITIONS] = self.found[POSITIONS]
-        if self.lacks_attention_biases:
-            expected = {p: shape for p, shape in expected.items() if not _ATTENTION_BIAS.fullmatch(p)}
-        expected |= dict.fromkeys(self._gammas, (config.hidden_size,))
+        expected = self._leaves(config)
         names = {path: own for own, paths in self.arrays.items() for path in paths}
         parts: dict[str, list[str]] = {}
         for path in expected:
@@ -193,9 +201,7 @@ class Checkpoint:
 
     def read(self, paths: Collection[str], config: ViTConfig) -> dict[str, Tensor]:
         """Leaves of a model `config` by path, float32, in memory of their own, which the arrays are read into."""
-        expected = shapes(config) | dict.fromkeys(self._gammas, (config.hidden_size,))
-        if slotless := self.lacks_class_slot(config):
-            expected[POSITIONS] = self.found[POSITIONS]
+        expected = self._leaves(config)
 
         def leaves(own: str) -> list[tuple[str, Tensor]]:
             found = []
@@ -212,7 +218,7 @@ class Checkpoint:
         with ThreadPoolExecutor(4) as pool:  # reading and checksumming leave the interpreter lock
             done = tqdm(pool.map(leaves, names), "reading", len(names), leave=False, delay=2, disable=None)
             found = dict(leaf for several in done for leaf in several)
-        if slotless and POSITIONS in found:
+        if self.lacks_class_slot(config) and POSITIONS in found:
             slot = torch.full_like(found[POSITIONS][:, :1], -0.0)  # x + -0.0 is x, to the bit
             found[POSITIONS] = torch.cat([slot, found[POSITIONS]], dim=1)
         for gamma in self._gammas:

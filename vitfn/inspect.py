@@ -73,7 +73,8 @@ def _classes(checkpoint: Checkpoint) -> str:
 
 def _published(config: ViTConfig, size: int) -> str:
     """Which of Google's files have these arrays, and how many bytes."""
-    same = [row for row in published() if shapes(row.config) == shapes(config)]
+    own = shapes(config)
+    same = [row for row in published() if shapes(row.config) == own]
     if not same:
         return "none of Google's files has these shapes"
     names = same[0].file + (f" and {len(same) - 1} more" if len(same) > 1 else "")

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitfn.archive import blaming
+from vitfn.archive import blaming, data_offset
 from vitfn.errors import InputError
 
 _LARGEST_PICKLE = 2 << 20  # bytes; a state dict's is some 50 KB
@@ -237,9 +237,7 @@ def _zipped(file: IO[bytes]) -> tuple[Any, _Places]:
         places = {}
         for info in members:
             if info.filename.startswith(f"{root}data/"):
-                file.seek(info.header_offset + 26)
-                start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-                places[info.filename.removeprefix(f"{root}data/")] = (start, info.file_size)
+                places[info.filename.removeprefix(f"{root}data/")] = (data_offset(file, info), info.file_size)
         return content, places
 
 

@@ -67,8 +67,10 @@ def load(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
 
 
 def read(checkpoint: Checkpoint, own: ViTConfig, target: ViTConfig) -> tuple[Tree, list[str]]:
-    """The tree of an open file, whose model is `own`, for the model `target`, and a line for each change."""
-    checkpoint.compare(own)
+    """The tree of an open file for the model `target`, and a line for each change.
+
+    `own` is the file's model: its `config`, or `config_for(target)`.
+    """
     to, wanted = adaptation(own, target), shapes(target)
     reached = shapes(to.config)
     compare(reached | dict.fromkeys(to.zeros, ()), wanted | dict.fromkeys(to.zeros, ()), checkpoint.path)

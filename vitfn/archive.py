@@ -148,15 +148,22 @@ class Archive:
             lengths = (shape[0] // parts, *shape[1:]) if shape else shape
             return self._fill(file, [torch.empty(lengths) for _ in range(parts)], dtype)
 
+    def read_exactly(self, name: str) -> Tensor:
+        """One array in the dtype that `write_archive(..., exact=True)` wrote it in; its CRC is checked on the way."""
+        info = self._members[name]
+        with blaming(f"{self.path}: {name}"), self._open(info) as file:
+            shape, fortran_order, _ = _header(file)
+            if fortran_order or self.dtypes[name] not in _EXACT:
+                raise InputError(f"{self.path}: {name}: found an array of {self.dtypes[name]}, expected one of ours")
+            leaf = torch.empty(shape, dtype=_EXACT[self.dtypes[name]])
+            _read_into(file, leaf.reshape(-1).view(torch.uint8).numpy().data)
+            return leaf
+
     def _fill(self, file, leaves: list[Tensor], dtype: np.dtype) -> list[Tensor]:
         """The leaves, filled one after the other from the member's bytes; at a member's end its CRC is compared."""
         for leaf in leaves:
             array = leaf.numpy() if dtype == np.float32 else np.empty(leaf.shape, dtype)
-            memory, done = array.reshape(-1).view(np.uint8).data, 0
-            while done < memory.nbytes:
-                if not (count := file.readinto(memory[done : done + _CHUNK])):
-                    raise EOFError("the data end early")
-                done += count
+            _read_into(file, array.reshape(-1).view(np.uint8).data)
             if dtype.kind == "V":
                 leaf.copy_(torch.from_numpy(array.view(np.int16)).view(torch.bfloat16))
             elif dtype != np.float32:
@@ -166,6 +173,15 @@ class Archive:
 
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+_EXACT = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64}
+
+
+def _read_into(file, memory: memoryview) -> None:
+    done = 0
+    while done < memory.nbytes:
+        if not (count := file.readinto(memory[done : done + _CHUNK])):
+            raise EOFError("the data end early")
+        done += count
 
 
 def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -195,11 +211,17 @@ def what_is(path: str | os.PathLike) -> str:
     )
 
 
-def write_archive(path: str | os.PathLike, arrays: Iterable[tuple[str, Tensor]], comment: bytes = b"") -> None:
-    """The arrays as np.savez writes them, in float32, with the same bytes every time; whole or not at all."""
+def write_archive(
+    path: str | os.PathLike, arrays: Iterable[tuple[str, Tensor]], comment: bytes = b"", *, exact: bool = False
+) -> None:
+    """The arrays as np.savez writes them, with the same bytes every time; whole or not at all.
+
+    In float32, or `exact`, in their own dtype, for `Archive.read_exactly`; numpy knows bfloat16 as two raw bytes.
+    """
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = comment
         for name, leaf in arrays:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                array = leaf.detach().to("cpu", torch.float32).contiguous().numpy()
+                leaf = leaf.detach().to("cpu", leaf.dtype if exact else torch.float32).contiguous()
+                array = leaf.view(torch.int16).numpy().view("V2") if leaf.dtype == torch.bfloat16 else leaf.numpy()
                 npy.write_array(member, array, version=(1, 0), allow_pickle=False)

@@ -16,6 +16,7 @@ import numpy as np
 from absl.flags import FlagValues
 
 from vitfn import flags
+from vitfn.command import run_command
 from vitfn.errors import InputError
 
 _NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
@@ -29,7 +30,7 @@ _ENDS = 20  # steps at the beginning and at the end that are looked at by themse
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code: 1 where the curves are further apart than --limit."""
-    return flags.run_command(compare, argv, flags.compare_flags, arguments=("A", "B"))
+    return run_command(compare, argv, flags.compare_flags, arguments=("A", "B"))
 
 
 @np.errstate(divide="ignore", invalid="ignore")  # a loss of 0 or nan is for the figures to show

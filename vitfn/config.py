@@ -42,7 +42,8 @@ class ResNetConfig:
 class ViTConfig:
     """A Vision Transformer's shape and arithmetic; hashable, so that it can be a static argument.
 
-    Sizes are in pixels (`patch_size`, `image_size`) or in features; rates are probabilities in [0, 1).
+    Sizes are in pixels (`patch_size`, `image_size`) or in features; rates are probabilities in [0, 1), that of
+    stochastic depth the last block's.
     `image_size` is one side or (height, width); the patch divides both. With a `resnet` stem, patches are cut from its
     feature map, any image size is allowed, and what a last patch lacks is left out, as Google's convolution does.
     `classifier` pools the class token, the mean of the tokens ('gap'), or by an attention head ('map').
@@ -64,6 +65,7 @@ class ViTConfig:
     posemb: Literal["learn", "sincos2d"] = "learn"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
     gelu: Literal["tanh", "erf"] = "tanh"
     layer_norm_eps: float = 1e-6
     resnet: ResNetConfig | None = None
@@ -83,7 +85,7 @@ class ViTConfig:
             optional = field == "representation_size" and value is None
             if not optional and not (isinstance(value, int) and value >= smallest):
                 raise InputError(f"{field}: found {value}, expected an integer of at least {smallest}")
-        for field in ("dropout_rate", "attention_dropout_rate"):
+        for field in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
             value = getattr(self, field)
             if not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise InputError(f"{field}: found {value}, expected a probability of at least 0 and below 1")

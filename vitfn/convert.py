@@ -13,6 +13,7 @@ from absl.flags import FlagValues
 
 from vitfn import flags
 from vitfn.checkpoint import Checkpoint, split_path
+from vitfn.command import run_command
 from vitfn.config import ViTConfig
 from vitfn.errors import InputError
 from vitfn.layout import Layout
@@ -22,7 +23,7 @@ from vitfn.weights import LAYOUTS, default_layout, read, save
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    return flags.run_command(convert, argv, flags.convert_flags, flags.assume_flags, arguments=("IN", "OUT"))
+    return run_command(convert, argv, flags.convert_flags, flags.assume_flags, arguments=("IN", "OUT"))
 
 
 def convert(fv: FlagValues, source: str, destination: str) -> None:

@@ -1,4 +1,8 @@
-"""The one exception that means: the input is at fault, not the program."""
+"""The exceptions that mean: what is at fault is the input, or the world, not the program."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, though its input is right: no space, numbers that are not finite. One line, exit code 1."""
 
 
 class InputError(ValueError):

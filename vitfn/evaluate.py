@@ -1,30 +1,199 @@
-"""Evaluation over a whole split: every image counts once."""
+"""Evaluates a run or a file of weights: python -m vitfn.evaluate output/quickstart [--out=DIR]
 
+MODEL is a run's directory, whose flags say what it is evaluated on where they are not given here, or a file of weights.
+Prints accuracy, top-5 accuracy, loss, calibration error and the classes that go worst, and writes them to --out with
+the confusion matrix.
+"""
+
+import json
+import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import torch
+from absl.flags import FlagValues
 from torch import Tensor
 from tqdm import tqdm
 
+from vitfn import device, figures, flags, metrics, recipe, tree, weights
+from vitfn.command import run_command
 from vitfn.config import ViTConfig
-from vitfn.data import Split
-from vitfn.data.augment import normalise, resize
-from vitfn.data.batches import padded_batches
+from vitfn.data import Dataset, Files, Split, load
+from vitfn.data.augment import normalise
+from vitfn.data.batches import evaluation_batches
+from vitfn.data.crops import resize
+from vitfn.errors import InputError
+from vitfn.files import replacing
+from vitfn.metrics import Predictions
+from vitfn.step import make_eval_step
 from vitfn.tree import Tree
+
+_WORST = 5  # classes that are printed
 
 
 def evaluate(
     eval_step: Callable[[Tree, tuple[Tensor, Tensor]], dict[str, Tensor]],
     params: Tree,
-    split: Split,
+    split: Split | Files,
     config: ViTConfig,
     batch_size: int,
-) -> dict[str, float]:
-    """Mean `loss`, `accuracy` (0 to 1), and `correct` of `count` images, of a split on the parameters' device."""
-    batches = -(-len(split.labels) // batch_size)
-    totals: dict[str, Tensor | float] = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    bar = tqdm(padded_batches(split, batch_size), "evaluating", batches, unit="batch", delay=2, leave=False)
-    for images, labels in bar:
-        sums = eval_step(params, (normalise(resize(images, config.image_hw), config), labels))
-        totals = {name: total + sums[name] for name, total in totals.items()}  # stays on the device
-    loss, correct, count = (float(totals[name]) for name in ("loss", "correct", "count"))
-    return {"loss": loss / count, "accuracy": correct / count, "correct": correct, "count": count}
+    *,
+    fit: Callable[[Tensor], Tensor] | None = None,
+    workers: int = 0,
+    on_bad: str = "fail",
+) -> tuple[Predictions, Tensor]:
+    """What the model says of every image of a split, each once, and their places in it (N,), on the CPU.
+
+    `fit` makes (B, C, H, W) pixels of the model's size; by default the sides are resized independently, as Google does.
+    """
+    where = tree.leaves(params)[0].device
+    batches = evaluation_batches(
+        split,
+        fit or (lambda images: resize(images, config.image_hw)),
+        batch_size=batch_size,
+        device=where,
+        workers=workers,
+        on_bad=on_bad,
+    )
+    columns: list[list[Tensor]] = [[], [], [], [], []]
+    names = ("losses", "predicted", "confidence", "top5")
+    total = -(-split.size // batch_size)
+    for images, labels in tqdm(batches, "evaluating", total, unit="batch", delay=2, leave=False):
+        found = eval_step(params, (normalise(images, config), labels))
+        for column, value in zip(columns, [labels, *(found.get(name) for name in names)], strict=True):
+            if value is not None:
+                column.append(value)  # stays on the device
+    known = [torch.cat(column).cpu() if column else None for column in columns]
+    labels = known[0]
+    real = (labels if labels.ndim == 1 else labels[:, 0]) >= 0
+    if not real.any():
+        raise InputError(f"evaluation: found no image that can be read among {split.size:,}, expected at least one")
+    return Predictions(*(None if value is None else value[real] for value in known)), real.nonzero()[:, 0]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    groups = (flags.evaluate_flags, flags.data_flags, flags.device_flags)
+    return run_command(command, argv, *groups, arguments=("MODEL",))
+
+
+def command(fv: FlagValues, model: str) -> None:
+    """The command."""
+    path, run = _find(model)
+    for name, value in run.items():
+        if name in fv and not fv[name].present and name not in ("help", "flagfile", "out"):
+            fv[name].value = tuple(value) if isinstance(value, list) else value
+    described = weights.describe(path)
+    row = device.find(fv.device)
+    precision = row.precision if fv.precision == "auto" else fv.precision
+    dataset = load(
+        fv.dataset,
+        fv.data_dir,
+        fv.download,
+        channels=described.config.channels,
+        val_fraction=fv.val_fraction,
+        seed=run.get("seed", 42),
+    )
+    config = described.config
+    split, class_names = _labelled_as(dataset, described.class_names, config, path)
+    several = split.labels.ndim == 2
+    eval_step = make_eval_step(
+        config, precision=precision, compile=fv.compile, loss=recipe.loss(run.get("loss"), several)
+    )
+    predictions, _ = evaluate(
+        eval_step,
+        tree.to(weights.load(path), row.name),
+        split.to(row.name),
+        config,
+        fv.eval_batch_size,
+        fit=recipe.fit_for_evaluation(fv, config),
+        workers=fv.num_workers,
+        on_bad=fv.bad_images,
+    )
+    measures = metrics.measures(predictions)
+    out = Path(fv.out) if fv.out else Path(model) / "evaluation" if Path(model).is_dir() else None
+    if out:
+        _write(out, path, fv, measures, predictions, class_names)
+    print("\n".join(f"{name:<22} {value}" for name, value in _summary(path, measures, out).items()))
+    print("\n".join(_worst(predictions, class_names)))
+
+
+def _find(model: str) -> tuple[str, dict[str, Any]]:
+    """The file of weights, and the flags of the run it belongs to, if MODEL is a run's directory."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return model, {}
+    for name in ("model.npz", "best.npz"):
+        if (directory / name).exists():
+            try:
+                return str(directory / name), json.loads((directory / "config.json").read_text())
+            except (OSError, ValueError) as error:
+                raise InputError(f"{directory / 'config.json'}: expected a run's config, found: {error}") from None
+    raise InputError(f"{model}: found neither model.npz nor best.npz, expected a run's directory or a file of weights")
+
+
+def _labelled_as(
+    dataset: Dataset, names: tuple[str, ...] | None, config: ViTConfig, path: str
+) -> tuple[Split | Files, tuple[str, ...]]:
+    """The test split with the labels of the model, by the names of the classes where the file has them."""
+    split = dataset.test
+    if names is None:
+        if len(dataset.class_names) != config.num_classes:
+            found = f"{len(dataset.class_names)} classes in the dataset"
+            raise InputError(f"{path}: found {found}, expected the model's {config.num_classes}")
+        return split, dataset.class_names
+    if unknown := [name for name in dataset.class_names if name not in names]:
+        raise InputError(f"{path}: found the class {unknown[0]!r} in the dataset, expected some of the model's {names}")
+    if names != dataset.class_names:
+        places = torch.tensor([names.index(name) for name in dataset.class_names])
+        if split.labels.ndim == 1:
+            labels = places[split.labels]
+        else:
+            labels = split.labels.new_zeros(len(split.labels), len(names))
+            labels[:, places] = split.labels
+        split = split._replace(labels=labels)
+    return split, names
+
+
+def _write(
+    out: Path, path: str, fv: FlagValues, measures: dict[str, float], p: Predictions, class_names: tuple[str, ...]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    what = {name: fv[name].value for name in ("dataset", "data_dir", "eval_crop", "eval_interpolation")}
+    with replacing(out / "evaluation.json") as file:
+        file.write(json.dumps({"model": path, **what, **measures}, indent=2).encode() + b"\n")
+    metrics.write_per_class_csv(out / "per_class.csv", metrics.per_class(p, class_names))
+    if p.multi_label:
+        return
+    confusion = metrics.confusion(p, len(class_names))
+    metrics.write_confusion_csv(out / "confusion.csv", confusion, class_names)
+    try:
+        figures.save(figures.confusion_figure(confusion, class_names), out / "confusion.png")
+        figures.save(figures.reliability_figure(p), out / "calibration.png")
+    except InputError as error:
+        logging.getLogger("vitfn").warning("no pictures: %s", error)
+
+
+def _summary(path: str, measures: dict[str, float], out: Path | None) -> dict[str, str]:
+    rows = {
+        "model": path,
+        "accuracy": f"{measures['accuracy']:.2%} ({measures['correct']:.0f} of {measures['count']:.0f})",
+        "loss": f"{measures['loss']:.4f}",
+    }
+    for name, format in (("top5", ".2%"), ("calibration_error", ".4f"), ("mean_average_precision", ".4f")):
+        if name in measures:
+            rows[name.replace("_", " ").replace("top5", "top-5 accuracy")] = f"{measures[name]:{format}}"
+    return rows | ({"files": str(out)} if out else {})
+
+
+def _worst(p: Predictions, class_names: tuple[str, ...]) -> list[str]:
+    rows = [row for row in metrics.per_class(p, class_names) if row.images]
+    rows = sorted(rows, key=lambda row: row.recall or 0.0)[:_WORST]
+    lines = [f"{row.name[:30]:<30} {row.right:>7} of {row.images:<7} {row.recall:.2%}" for row in rows]
+    return ["", "the classes that go worst: right of all, recall", *lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import logging
-import os
 import re
-import sys
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from absl import flags
@@ -14,15 +11,24 @@ from absl import flags
 from vitfn.compile import FORMS
 from vitfn.config import ViTConfig, model_names
 from vitfn.data import DATASETS
+from vitfn.data.crops import SAMPLERS
 from vitfn.device import DEVICES
 from vitfn.errors import InputError
+from vitfn.losses import LOSSES
 from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-NOT_SETTINGS = ("help", "h", "flagfile")
+
+class _Definitions:
+    """absl's functions that define a flag, for one FlagValues."""
+
+    def __init__(self, fv: flags.FlagValues):
+        self.string = partial(flags.DEFINE_string, flag_values=fv)
+        self.bool = partial(flags.DEFINE_bool, flag_values=fv)
+        self.integer = partial(flags.DEFINE_integer, flag_values=fv)
+        self.float = partial(flags.DEFINE_float, flag_values=fv)
+        self.enum = partial(flags.DEFINE_enum, flag_values=fv)
+        self.custom = partial(flags.DEFINE, flag_values=fv)
 
 
 class _SizeParser(flags.ArgumentParser):
@@ -44,192 +50,299 @@ class _SizeParser(flags.ArgumentParser):
         raise ValueError(f"expected {self.syntactic_help}")
 
 
+class _PairParser(flags.ArgumentParser):
+    """'2,10' -> (2, 10)."""
+
+    syntactic_help = "two integers, as in 2,10"
+
+    def parse(self, argument: tuple[int, int] | str) -> tuple[int, int]:
+        if not isinstance(argument, str):
+            return argument
+        try:
+            first, second = (int(part) for part in argument.split(","))
+        except ValueError:
+            raise ValueError(f"expected {self.syntactic_help}") from None
+        return first, second
+
+
 def data_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_enum("dataset", "cifar10", list(DATASETS), "What to train and evaluate on.", flag_values=fv)
-    flags.DEFINE_string("data_dir", "data", "Folder with the dataset's files; digits needs none.", flag_values=fv)
-    flags.DEFINE_bool("download", False, "Fetch the dataset into --data_dir if it is not there.", flag_values=fv)
-    flags.DEFINE_integer("eval_batch_size", 64, "Images per evaluation batch.", lower_bound=1, flag_values=fv)
+    define = _Definitions(fv)
+    define.enum(
+        "dataset",
+        "cifar10",
+        list(DATASETS),
+        "What to train and evaluate on; folder: --data_dir has train/ and val/ with a folder of images for each class, "
+        "or such folders alone; list: it is, or has, train and val as .csv (image,label) or .jsonl.",
+    )
+    define.string("data_dir", "data", "Folder with the dataset's files; digits needs none.")
+    define.bool("download", False, "Fetch CIFAR into --data_dir if it is not there.")
+    define.float(
+        "val_fraction",
+        0.1,
+        "Part of each class that is held out for evaluation, 0 to 1, where a folder or list has no val.",
+        0,
+        1,
+    )
+    define.integer(
+        "channels",
+        3,
+        "Channels that image files are decoded to: 1 grey, 3 RGB, 4 RGBA; another number takes .npy files of it.",
+        lower_bound=1,
+    )
+    define.integer("num_workers", 2, "Processes that decode image files; 0: this one.", lower_bound=0)
+    define.enum(
+        "bad_images",
+        "fail",
+        ["fail", "skip"],
+        "What a torn or foreign image file does: end the run, or be named and left out.",
+    )
+    define.integer("eval_batch_size", 64, "Images per evaluation batch.", lower_bound=1)
+    define.float(
+        "eval_crop",
+        0.0,
+        "Evaluate a centre crop of this part of the shorter side, as published accuracies assume (0.875, 0.9); 0: the "
+        "whole image, its sides resized independently, as Google does.",
+        0,
+        1,
+    )
+    define.enum(
+        "eval_interpolation", "bilinear", ["bilinear", "bicubic"], "How --eval_crop resizes (with antialiasing)."
+    )
+
+
+def augment_flags(fv: flags.FlagValues) -> None:
+    define = _Definitions(fv)
+    define.float(
+        "crop_min",
+        0.05,
+        "Least part of an image's area that a random crop keeps, 0 to 1; 1 keeps all of a square one.",
+        0,
+        1,
+    )
+    define.enum(
+        "crop",
+        "torchvision",
+        list(SAMPLERS),
+        "Whose sampler draws the crops: log-uniform ratios with antialiasing, or TensorFlow's.",
+    )
+    define.bool("flip", False, "Mirror half of the training images left to right.")
+    define.custom(
+        _PairParser(),
+        "randaugment",
+        None,
+        "RandAugment: operations an image and their magnitude, 0 to 10, as in 2,10 (needs kornia); default: none.",
+    )
+    define.float("erasing", 0.0, "Probability of erasing a random rectangle of an image, 0 to 1.", 0, 1)
+    define.float("mixup", 0.0, "Alpha of mixup's Beta distribution; 0: off.", lower_bound=0)
+    define.float(
+        "cutmix",
+        0.0,
+        "Alpha of cutmix's Beta distribution; 0: off; with --mixup each takes half of the steps.",
+        lower_bound=0,
+    )
 
 
 def model_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string(
+    define = _Definitions(fv)
+    define.string(
         "model_type",
         "ViT-B_16",
         f"One of {', '.join(model_names())}, or big_vision's (g/14); B/16 is short for ViT-B_16.",
-        flag_values=fv,
     )
-    flags.DEFINE_string(
+    define.string(
         "pretrained_dir",
         "checkpoint/ViT-B_16.npz",
         "File of weights to start from (a file, in spite of the name): npz, safetensors or torch, in any layout that "
         "vitfn.convert reads; empty: start from random weights.",
-        flag_values=fv,
     )
-    flags.DEFINE(
-        _SizeParser(),
-        "img_size",
-        224,
-        "Size of the model's images, in pixels: one side, or HEIGHTxWIDTH.",
-        flag_values=fv,
+    define.custom(_SizeParser(), "img_size", 224, "Size of the model's images, in pixels: one side, or HEIGHTxWIDTH.")
+    define.enum("head", "zero", ["zero", "keep"], "Start from a classification head of zeros, or keep the file's.")
+    define.float(
+        "dropout_rate", None, "Probability of dropping an activation; default: as published for the model.", 0, 1
     )
-    flags.DEFINE_enum(
-        "head",
-        "zero",
-        ["zero", "keep"],
-        "Start from a classification head of zeros, or keep the file's.",
-        flag_values=fv,
-    )
-    flags.DEFINE_float(
-        "dropout_rate",
-        None,
-        "Probability of dropping an activation; default: as published for the model.",
-        0,
-        1,
-        flag_values=fv,
-    )
-    flags.DEFINE_enum(
-        "gelu",
-        None,
-        ["tanh", "erf"],
-        "Form of the GELU; default: as in the file of weights, else tanh.",
-        flag_values=fv,
-    )
+    define.enum("gelu", None, ["tanh", "erf"], "Form of the GELU; default: as in the file of weights, else tanh.")
 
 
 def device_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "device", "auto", f"One of {', '.join(DEVICES)}; auto: the first of them that is there.", flag_values=fv
-    )
-    flags.DEFINE_enum(
+    define = _Definitions(fv)
+    define.string("device", "auto", f"One of {', '.join(DEVICES)}; auto: the first of them that is there.")
+    define.enum(
         "precision",
         "auto",
         ["auto", *PRECISIONS],
         "Arithmetic: float32, or autocast to bfloat16 or float16; auto: "
         + ", ".join(f"{row.precision} on {row.name}" for row in DEVICES.values())
         + ".",
-        flag_values=fv,
     )
-    flags.DEFINE_enum(
+    define.enum(
         "compile",
         "auto",
         ["auto", *FORMS],
         "What is compiled: the step as one graph, one encoder block that all layers share, or nothing; auto: "
         + ", ".join(f"{row.compile} on {row.name}" for row in DEVICES.values())
         + ".",
-        flag_values=fv,
     )
 
 
+def run_flags(fv: flags.FlagValues) -> None:
+    define = _Definitions(fv)
+    define.string("name", None, "Name of the run; its files go to <output_dir>/<name>.")
+    define.string("output_dir", "output", "Folder for runs.")
+    define.bool(
+        "resume",
+        False,
+        "Go on with the run where its last checkpoint stands, to the same bits; begin it where there is none.",
+    )
+    define.integer(
+        "eval_every", 100, "Updates between evaluations, of which there is always one at the end.", lower_bound=1
+    )
+    define.integer(
+        "checkpoint_every",
+        100,
+        "Updates between checkpoints, of which there is always one at the end; 0: only then.",
+        lower_bound=0,
+    )
+    define.integer("keep_checkpoints", 2, "Checkpoints to keep, the newest; the best weights are kept besides.", 1)
+    define.bool("report", True, "Write report.html at the end (its pictures need matplotlib).")
+    define.bool("tensorboard", False, "Write the metrics for TensorBoard too.")
+    define.bool("tcap_log", False, "Print a line for each step on stdout as Tecorigin's ModelZoo wants it.")
+
+
 def train_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("name", None, "Name of the run; its files go to <output_dir>/<name>.", flag_values=fv)
-    flags.DEFINE_string("output_dir", "output", "Folder for runs.", flag_values=fv)
-    flags.DEFINE_integer("train_batch_size", 512, "Images per update, over everything.", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer(
+    define = _Definitions(fv)
+    define.integer("train_batch_size", 512, "Images per update, over everything.", lower_bound=1)
+    define.integer(
         "num_steps",
         10000,
         "Updates to make; 0: only evaluate, with the file's own head, and save no model.npz.",
         lower_bound=0,
-        flag_values=fv,
     )
-    flags.DEFINE_integer(
-        "eval_every",
-        100,
-        "Updates between evaluations, of which there is always one at the end.",
-        lower_bound=1,
-        flag_values=fv,
-    )
-    flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "SGD with momentum 0.9, or AdamW.", flag_values=fv)
-    flags.DEFINE_float("learning_rate", 0.03, "Peak learning rate.", lower_bound=0, flag_values=fv)
-    flags.DEFINE_float(
-        "weight_decay",
-        0.0,
-        "Weight decay: with sgd an L2 penalty, with adamw decoupled, times the rate.",
-        lower_bound=0,
-        flag_values=fv,
-    )
-    flags.DEFINE_enum(
-        "decay_type",
-        "cosine",
-        ["cosine", "linear"],
-        "How the rate falls after warm-up: to 0, or in a line to 1e-5.",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "warmup_steps", 500, "Updates over which the rate rises from 0.", lower_bound=0, flag_values=fv
-    )
-    flags.DEFINE_float("max_grad_norm", 1.0, "Global norm that gradients are clipped to.", flag_values=fv)
-    flags.DEFINE_integer("seed", 42, "Seed of all randomness.", flag_values=fv)
-    flags.DEFINE_float(
-        "crop_min", 0.05, "Least part of an image's area that a random crop keeps, 0 to 1.", 0, 1, flag_values=fv
-    )
-    flags.DEFINE_bool("flip", False, "Mirror half of the training images left to right.", flag_values=fv)
-    flags.DEFINE_bool("fp16", False, "The same as --precision=float16.", flag_values=fv)
-    flags.DEFINE_string(
-        "fp16_opt_level", "O2", "Accepted for the seed's command lines; means nothing here.", flag_values=fv
-    )
-    flags.DEFINE_float("loss_scale", 0, "Loss scale under float16: not built yet, only 0 is accepted.", flag_values=fv)
-    flags.DEFINE_integer(
+    define.integer("seed", 42, "Seed of all randomness.")
+    define.integer(
         "gradient_accumulation_steps",
         1,
-        "Parts a batch is split into: not built yet, only 1 is accepted.",
+        "Equal parts that a batch is split into, to save memory; the result is the same.",
         1,
-        flag_values=fv,
     )
-    flags.DEFINE_integer(
+    define.bool("fp16", False, "The same as --precision=float16.")
+    define.string(
+        "fp16_opt_level",
+        "O2",
+        "Apex's levels O0 to O3 (or 00 to 03), accepted for the seed's command lines: with --fp16 each means autocast "
+        "with float32 weights, without it nothing.",
+    )
+    define.float("loss_scale", 0, "Factor of the loss under float16; 0: one that adapts itself.", lower_bound=0)
+    define.integer(
         "local_rank",
         -1,
         "Rank of this process on its machine: several are not built yet, only -1 and 0 are accepted.",
         -1,
-        flag_values=fv,
+    )
+
+
+def recipe_flags(fv: flags.FlagValues) -> None:
+    define = _Definitions(fv)
+    define.enum("optimizer", "sgd", ["sgd", "adamw"], "SGD with momentum 0.9, or AdamW.")
+    define.float("learning_rate", 0.03, "Peak learning rate.", lower_bound=0)
+    define.integer("warmup_steps", 500, "Updates over which the rate rises from 0.", lower_bound=0)
+    define.enum(
+        "decay_type",
+        "cosine",
+        ["cosine", "linear"],
+        "How the rate falls after warm-up: to 0 along half a cosine, or in a line to 1e-5 (--rate_index=seed: to 0).",
+    )
+    define.enum(
+        "rate_index",
+        "google",
+        ["google", "seed"],
+        "Whether update t, counted from 0, takes the rate at t or, as the seed's, at t + 1.",
+    )
+    define.float("weight_decay", 0.0, "Weight decay, a factor; --decay_rule says of what.", lower_bound=0)
+    define.enum(
+        "decay_rule",
+        "torch",
+        ["torch", "big_vision"],
+        "torch: with sgd an L2 penalty, with adamw decoupled, times the rate; big_vision: decoupled, times the rate's "
+        "share of its peak.",
+    )
+    define.string(
+        "decay_on",
+        None,
+        "Regular expression over whole path names: what decays; default: everything, with --decay_rule=big_vision "
+        "'.*/kernel'.",
+    )
+    define.float("max_grad_norm", 1.0, "Global norm that gradients are clipped to.")
+    define.enum(
+        "momentum_dtype", "float32", ["float32", "bfloat16"], "How sgd stores its momentum; Google's is bfloat16."
+    )
+    define.float("layer_decay", 1.0, "Factor of the learning rate for each layer below the head, 0 to 1.", 0, 1)
+    define.string(
+        "freeze", "", "Regular expression over whole path names: what is not trained; '(?!head/).*' is linear probing."
+    )
+    define.float(
+        "ema",
+        0.0,
+        "Decay of an average of the weights, which is what is then evaluated and saved, 0 to 1; 0: none.",
+        0,
+        1,
+    )
+    define.enum("loss", None, list(LOSSES), "Loss; default: softmax, or sigmoid where images have several labels.")
+    define.float("label_smoothing", 0.0, "Part of a label's weight that all classes share, 0 to 1.", 0, 1)
+    define.float(
+        "stochastic_depth",
+        0.0,
+        "Probability of dropping a branch of the last block, falling linearly to 0 at the first.",
+        0,
+        1,
+    )
+
+
+def evaluate_flags(fv: flags.FlagValues) -> None:
+    define = _Definitions(fv)
+    define.string(
+        "out",
+        "",
+        "Folder for evaluation.json, per_class.csv, confusion.csv and the pictures; default: beside the run, "
+        "<run>/evaluation, or for a file none.",
     )
 
 
 def convert_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_enum(
-        "to",
-        None,
-        list(LAYOUTS),
-        "Names and shapes to write; default: original in an npz file, timm in safetensors.",
-        flag_values=fv,
+    define = _Definitions(fv)
+    define.enum(
+        "to", None, list(LAYOUTS), "Names and shapes to write; default: original in an npz file, timm in safetensors."
     )
-    flags.DEFINE(
+    define.custom(
         _SizeParser(),
         "img_size",
         None,
         "Resize the positions to images of this size in pixels: one side, or HEIGHTxWIDTH.",
-        flag_values=fv,
     )
-    flags.DEFINE_integer(
-        "num_classes",
-        None,
-        "Replace a head of another number of classes by zeros; 0: write no head.",
-        lower_bound=0,
-        flag_values=fv,
+    define.integer(
+        "num_classes", None, "Replace a head of another number of classes by zeros; 0: write no head.", lower_bound=0
     )
-    flags.DEFINE_enum("pre_logits", "keep", ["keep", "drop"], "What to do with a pre_logits layer.", flag_values=fv)
-    flags.DEFINE_integer(
-        "channels", None, "Adapt the first layer to so many input channels.", lower_bound=1, flag_values=fv
-    )
+    define.enum("pre_logits", "keep", ["keep", "drop"], "What to do with a pre_logits layer.")
+    define.integer("channels", None, "Adapt the first layer to so many input channels.", lower_bound=1)
 
 
 def compare_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string("plot", "", "Draw the curves to this file, whose suffix names the format.", flag_values=fv)
-    flags.DEFINE_float(
+    define = _Definitions(fv)
+    define.string("plot", "", "Draw the curves to this file, whose suffix names the format.")
+    define.float(
         "limit",
         0.01,
         "Largest unsigned mean relative error that passes (a fraction); beyond it the exit code is 1.",
         lower_bound=0,
-        flag_values=fv,
     )
 
 
 def assume_flags(fv: flags.FlagValues) -> None:
-    flags.DEFINE_string(
+    define = _Definitions(fv)
+    define.string(
         "assume",
         "",
         "What the file does not state: fields of the config, as in num_heads=3,gelu=tanh,mean=[0.4,0.5,0.6],"
         "image_size=192x256.",
-        flag_values=fv,
     )
 
 
@@ -246,47 +359,3 @@ def parse_assumed(assumed: str) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
-
-
-def run_command(
-    command: Callable[..., int | None],
-    argv: list[str],
-    *groups: Callable[[flags.FlagValues], None],
-    arguments: tuple[str, ...] = (),
-) -> int:
-    """Parses `argv` and runs the command on the flags and arguments; returns the exit code.
-
-    Bad input is one line on stderr and code 2.
-    """
-    fv = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show all flags and exit.", short_name="h", flag_values=fv)
-    flags.DEFINE_string("flagfile", "", "File of flags, one a line, that take this one's place.", flag_values=fv)
-    for group in groups:
-        group(fv)
-    logging.basicConfig(format="vitfn: %(message)s", stream=sys.stderr)
-    logging.getLogger("vitfn").setLevel(logging.INFO)
-    try:
-        extra = fv(argv)[1:]
-        if fv.help:
-            print(sys.modules[command.__module__].__doc__, fv.get_help(include_special_flags=False), sep="\n")
-            return 0
-        if len(extra) != len(arguments):
-            expected = f"the arguments {' '.join(arguments)}" if arguments else "--flag=value"
-            raise InputError(f"found {' '.join(extra) or 'no arguments'}, expected {expected}")
-        code = command(fv, *extra)
-        sys.stdout.flush()
-    except (flags.Error, InputError) as error:
-        print("vitfn: " + " ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"vitfn: {error.filename}: {error.strerror}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("vitfn: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return code or 0

@@ -9,6 +9,7 @@ from absl.flags import FlagValues
 
 from vitfn import flags
 from vitfn.checkpoint import Checkpoint
+from vitfn.command import run_command
 from vitfn.config import ViTConfig
 from vitfn.published import npz_bytes, published
 from vitfn.vit import shapes
@@ -17,7 +18,7 @@ from vitfn.weights import assumed
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    return flags.run_command(inspect, argv, flags.assume_flags, arguments=("FILE",))
+    return run_command(inspect, argv, flags.assume_flags, arguments=("FILE",))
 
 
 def inspect(fv: FlagValues, path: str) -> None:

@@ -48,6 +48,11 @@ def dropout(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
     return torch.where(keep, x / (1 - rate), 0)
 
 
+def branch(x: Tensor, branches: Tensor | None, place: int) -> Tensor:
+    """What a residual branch adds, multiplied by its factor for each sample: (B, N, D) -> (B, N, D)."""
+    return x if branches is None else x * branches[place, :, None, None]
+
+
 def attention_shapes(config: ViTConfig) -> Tree:
     D, H = config.hidden_size, config.num_heads
     project = {"kernel": (D, H, D // H), "bias": (H, D // H)}
@@ -120,19 +125,22 @@ def block(
     keys: Tensor | None = None,
     taps: Tree | None = None,
     fused: bool = False,
+    branches: Tensor | None = None,
 ) -> Tensor:
     """The pre-norm encoder block, equations 2 and 3 of arXiv 2010.11929: (B, N, D) -> (B, N, D).
 
     `keys` (4, B) draw the dropout masks of the attention weights, the attention's output, the MLP's activations and
     the MLP's output. A dict given as `taps` receives the attention weights (B, H, N, N) and the activations
     (B, N, M). `fused` takes torch's fused attention, which is faster and has first-order reverse-mode gradients only.
+    `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth).
     """
     k0, k1, k2, k3 = (None,) * 4 if keys is None else keys
     y = layer_norm(params["LayerNorm_0"], x, config)
     y = attention(params["MultiHeadDotProductAttention_1"], y, config, k0, taps, fused)
-    x = x + dropout(y, config.dropout_rate, k1)
+    x = x + branch(dropout(y, config.dropout_rate, k1), branches, 0)
     y = layer_norm(params["LayerNorm_2"], x, config)
-    return x + dropout(mlp(params["MlpBlock_3"], y, config, k2, taps), config.dropout_rate, k3)
+    y = mlp(params["MlpBlock_3"], y, config, k2, taps)
+    return x + branch(dropout(y, config.dropout_rate, k3), branches, 1)
 
 
 def map_head_shapes(config: ViTConfig) -> Tree:

@@ -1,10 +1,10 @@
-"""Optimizers as init/update pairs, learning-rate schedules and clipping: small functions over trees.
+"""Optimizers as init/update pairs, clipping and averaging: small functions over trees.
 
-The update numbered t from 0 uses the rate at t, as in Google's code. Rates are 0-d float32 tensors on the step's
-device, so that nothing waits for the host.
+The update numbered t from 0 uses the rate at t, as in Google's code.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -12,16 +12,50 @@ import torch
 from torch import Tensor
 
 from vitfn import tree
+from vitfn.schedules import Schedule, as_float
 from vitfn.tree import Tree
 
-Schedule = Callable[[Tensor], Tensor]
+
+class Rules(NamedTuple):
+    """What an optimizer does to which leaves, by regular expressions over whole paths.
+
+    `frozen` leaves are not trained: they get no gradient and no optimizer state. Weight decay works on the `decayed`
+    ones. `rates` are (pattern, factor): the first that matches multiplies a leaf's learning rate.
+    """
+
+    frozen: str = ""
+    decayed: str = ".*"
+    rates: tuple[tuple[str, float], ...] = ()
+
+    def trains(self, path: str) -> bool:
+        return not re.fullmatch(self.frozen, path)
+
+    def decays(self, path: str) -> bool:
+        return bool(re.fullmatch(self.decayed, path))
+
+    def rate(self, path: str) -> float:
+        return next((factor for pattern, factor in self.rates if re.fullmatch(pattern, path)), 1.0)
+
+
+ALL = Rules()  # every leaf is trained and decays
+
+
+def layer_decay(num_layers: int, factor: float) -> tuple[tuple[str, float], ...]:
+    """`Rules.rates` that shrink by `factor` with each layer below the head, whose rate is whole.
+
+    Clark et al., arXiv 2003.10555, section 3.1, for ViTs Bao et al., arXiv 2106.08254: the embedding is layer 0.
+    """
+    blocks = [(f"Transformer/encoderblock_{i}/.*", factor ** (num_layers - i)) for i in range(num_layers)]
+    embedding = r"embedding/.*|cls|.*/pos_embedding|conv_root/.*|gn_root/.*|block\d+/.*"
+    return (*blocks, (embedding, factor ** (num_layers + 1)))
 
 
 class Update(Protocol):
     """(grads, opt_state, params, step) -> (params, opt_state), new trees that leave the given ones as they were.
 
-    With `donate` the memory of all three trees is reused for the result. `finite`, a 0-d bool tensor, skips the
-    update where it is false: parameters and optimizer state come back as they were, whatever the gradients hold.
+    `grads` has the leaves that are trained. With `donate` the memory of all three trees is reused for the result.
+    `finite`, a 0-d bool tensor, skips the update where it is false: parameters and optimizer state come back as they
+    were, whatever the gradients hold.
     """
 
     def __call__(
@@ -37,57 +71,23 @@ class Update(Protocol):
 
 
 class Optimizer(NamedTuple):
-    """A pair of functions: `init(params) -> opt_state`, and `update`, which see."""
+    """A pair of functions: `init(params) -> opt_state`, and `update`, which see; its learning rate and its rules."""
 
     init: Callable[[Tree], Tree]
     update: Update
     schedule: Schedule
-
-
-def _float(step: Tensor | int) -> Tensor:
-    return torch.as_tensor(step).to(torch.float32)
-
-
-def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then half a cosine from `peak` to 0 at `total_steps`.
-
-    peak * min(1, t / warmup) * (1 + cos(pi p)) / 2 with p = (t - warmup) / (total - warmup) kept in [0, 1]
-    (Loshchilov and Hutter, arXiv 1608.03983, without restarts; Google's vision_transformer).
-    """
-
-    def schedule(step: Tensor) -> Tensor:
-        return (
-            peak
-            * 0.5
-            * (1 + torch.cos(math.pi * _progress(step, total_steps, warmup_steps)))
-            * _warmup(step, warmup_steps)
-        )
-
-    return schedule
-
-
-def warmup_linear(peak: float, total_steps: int, warmup_steps: int = 0, floor: float = 1e-5) -> Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then a line from `peak` to `floor` at `total_steps`."""
-
-    def schedule(step: Tensor) -> Tensor:
-        progress = _progress(step, total_steps, warmup_steps)
-        return (floor + (peak - floor) * (1 - progress)) * _warmup(step, warmup_steps)
-
-    return schedule
-
-
-def _progress(step: Tensor, total_steps: int, warmup_steps: int) -> Tensor:
-    return ((_float(step) - warmup_steps) / max(1, total_steps - warmup_steps)).clamp(0, 1)
-
-
-def _warmup(step: Tensor, warmup_steps: int) -> Tensor:
-    return (_float(step) / max(1, warmup_steps)).clamp(max=1) if warmup_steps else torch.ones_like(_float(step))
+    rules: Rules = ALL
 
 
 def clip_by_global_norm(grads: Tree, norm: Tensor, max_norm: float) -> Tree:
     """The gradients scaled, in place, to a global norm of at most `max_norm` (Pascanu et al., arXiv 1211.5063)."""
     torch._foreach_mul_(tree.leaves(grads), torch.where(norm < max_norm, 1.0, max_norm / norm))
     return grads
+
+
+def trained(params: Tree, rules: Rules) -> Tree:
+    """The leaves that are trained."""
+    return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if rules.trains(path)})
 
 
 def _prepare(
@@ -107,52 +107,96 @@ def _unless(finite: Tensor | None, value: float | Tensor, otherwise: float) -> f
     return value if finite is None else torch.where(finite, value, otherwise)
 
 
-def sgd(schedule: Schedule, momentum: float = 0.9, weight_decay: float = 0.0) -> Optimizer:
+class _Descent(NamedTuple):
+    """p <- p - rate direction, with weight decay, for the leaves at `paths`, by the rules."""
+
+    schedule: Schedule
+    weight_decay: float
+    decay_schedule: Schedule | None
+    rules: Rules
+
+    def decayed(self, paths: list[str], leaves: list[Tensor]) -> list[Tensor]:
+        return [leaf for path, leaf in zip(paths, leaves, strict=True) if self.rules.decays(path)]
+
+    def __call__(self, paths, p: list[Tensor], direction: list[Tensor], step: Tensor, finite: Tensor | None) -> None:
+        """Writes `p`. big_vision's decay is here; torch's is in the direction already."""
+        moves = list(torch._foreach_mul(direction, _unless(finite, self.schedule(step), 0.0)))
+        if self.rules.rates:
+            torch._foreach_mul_(moves, [self.rules.rate(path) for path in paths])
+        if self.weight_decay and self.decay_schedule and (decayed := self.decayed(paths, p)):
+            decay = _unless(finite, self.weight_decay * self.decay_schedule(step), 0.0)
+            torch._foreach_add_(self.decayed(paths, moves), torch._foreach_mul(decayed, decay))
+        torch._foreach_sub_(p, moves)
+
+
+def sgd(
+    schedule: Schedule,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    *,
+    decay_schedule: Schedule | None = None,
+    momentum_dtype: torch.dtype = torch.float32,
+    rules: Rules = ALL,
+) -> Optimizer:
     """Gradient descent with momentum: m <- momentum m + g + weight_decay p;  p <- p - rate m.
 
-    Weight decay is an L2 penalty on every leaf (torch.optim.SGD and the seed; Google fine-tunes without).
+    Weight decay is an L2 penalty (torch.optim.SGD and the seed; Google fine-tunes without) unless `decay_schedule` is
+    given, which makes it big_vision's: p also loses decay_schedule(t) weight_decay p, apart from momentum and rate.
+    With a `momentum_dtype` of bfloat16 the momentum is rounded where it is stored, after its use, as in Google's.
     """
+    descend = _Descent(schedule, weight_decay, decay_schedule, rules)
 
     def init(params: Tree) -> Tree:
-        return {"momentum": tree.map(torch.zeros_like, params)}
+        return {"momentum": tree.map(lambda p: torch.zeros_like(p, dtype=momentum_dtype), trained(params, rules))}
 
     def update(grads, opt_state, params, step, *, finite=None, donate=False):
         grads, opt_state, params = _prepare(grads, opt_state, params, finite, donate)
-        p, g, m = tree.leaves(params), tree.leaves(grads), tree.leaves(opt_state["momentum"])
-        if weight_decay:
-            torch._foreach_add_(g, torch._foreach_mul(p, _unless(finite, weight_decay, 0.0)))
+        paths, g, stored = list(tree.flatten(grads)), tree.leaves(grads), tree.leaves(opt_state["momentum"])
+        p = [tree.flatten(params)[path] for path in paths]
+        m = stored if momentum_dtype == torch.float32 else [leaf.float() for leaf in stored]
+        if weight_decay and not decay_schedule and (decayed := descend.decayed(paths, p)):
+            penalty = torch._foreach_mul(decayed, _unless(finite, weight_decay, 0.0))
+            torch._foreach_add_(descend.decayed(paths, g), penalty)
         torch._foreach_mul_(m, _unless(finite, momentum, 1.0))
         torch._foreach_add_(m, g)
-        torch._foreach_add_(p, torch._foreach_mul(m, -_unless(finite, schedule(step), 0.0)))
+        if m is not stored:
+            torch._foreach_copy_(stored, m)
+        descend(paths, p, m, step, finite)
         return params, opt_state
 
-    return Optimizer(init, update, schedule)
+    return Optimizer(init, update, schedule, rules)
 
 
 def adamw(
-    schedule: Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+    schedule: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    decay_schedule: Schedule | None = None,
+    rules: Rules = ALL,
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101; torch.optim.AdamW's convention).
 
     mu <- b1 mu + (1 - b1) g;  nu <- b2 nu + (1 - b2) g^2;
     p <- p - rate (mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps) + weight_decay p), t counting updates from 1.
+    With `decay_schedule` the decay is big_vision's: decay_schedule(t) weight_decay p in place of rate weight_decay p.
     """
+    descend = _Descent(schedule, weight_decay, decay_schedule, rules)
 
     def init(params: Tree) -> Tree:
         count = torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
-        return {
-            "count": count,
-            "mu": tree.map(torch.zeros_like, params),
-            "nu": tree.map(torch.zeros_like, params),
-        }
+        moments = trained(params, rules)
+        return {"count": count, "mu": tree.map(torch.zeros_like, moments), "nu": tree.map(torch.zeros_like, moments)}
 
     def update(grads, opt_state, params, step, *, finite=None, donate=False):
         grads, opt_state, params = _prepare(grads, opt_state, params, finite, donate)
         count, mu, nu = opt_state["count"], tree.leaves(opt_state["mu"]), tree.leaves(opt_state["nu"])
-        p, g = tree.leaves(params), tree.leaves(grads)
+        paths, g = list(tree.flatten(grads)), tree.leaves(grads)
+        p = [tree.flatten(params)[path] for path in paths]
         count += 1 if finite is None else finite.to(count.dtype)
         t = count.clamp(min=1)  # a first update that is skipped divides by 1 - b^1, and its rate is 0
-        rate = _unless(finite, schedule(step), 0.0)
         torch._foreach_mul_(mu, _unless(finite, b1, 1.0))
         torch._foreach_add_(mu, g, alpha=1 - b1)
         torch._foreach_mul_(nu, _unless(finite, b2, 1.0))
@@ -160,16 +204,44 @@ def adamw(
         denominator = torch._foreach_sqrt(torch._foreach_div(nu, _one_minus_power(b2, t)))
         torch._foreach_add_(denominator, eps)
         torch._foreach_mul_(denominator, _one_minus_power(b1, t))
-        direction = torch._foreach_div(mu, denominator)
-        if weight_decay:
-            torch._foreach_add_(direction, p, alpha=weight_decay)
-        torch._foreach_mul_(direction, rate)
-        torch._foreach_sub_(p, direction)
+        direction = list(torch._foreach_div(mu, denominator))
+        del denominator
+        if weight_decay and not decay_schedule and (decayed := descend.decayed(paths, p)):
+            torch._foreach_add_(descend.decayed(paths, direction), decayed, alpha=weight_decay)
+        descend(paths, p, direction, step, finite)
         return params, opt_state
 
-    return Optimizer(init, update, schedule)
+    return Optimizer(init, update, schedule, rules)
+
+
+def with_ema(optimizer: Optimizer, decay: float) -> Optimizer:
+    """The optimizer, which also averages the trained leaves in opt_state["ema"]: e <- d e + (1 - d) p.
+
+    d is min(decay, (1 + t) / (10 + t)), so that the first steps are forgotten (Polyak and Juditsky, 1992, with
+    exponential weights; the warm-up is TensorFlow's ExponentialMovingAverage's).
+    """
+
+    def init(params: Tree) -> Tree:
+        return {**optimizer.init(params), "ema": tree.clone(trained(params, optimizer.rules))}
+
+    def update(grads, opt_state, params, step, *, finite=None, donate=False):
+        params, opt_state = optimizer.update(grads, opt_state, params, step, finite=finite, donate=donate)
+        average = tree.flatten(opt_state["ema"])
+        t = as_float(step)
+        weight = _unless(finite, 1 - ((1 + t) / (10 + t)).clamp(max=decay), 0.0)
+        moves = torch._foreach_sub([tree.flatten(params)[path] for path in average], list(average.values()))
+        torch._foreach_mul_(moves, weight)
+        torch._foreach_add_(list(average.values()), moves)
+        return params, opt_state
+
+    return Optimizer(init, update, optimizer.schedule, optimizer.rules)
+
+
+def averaged(params: Tree, opt_state: Tree) -> Tree:
+    """The parameters with their averages where `with_ema` keeps them, else as they are."""
+    return tree.unflatten(tree.flatten(params) | tree.flatten(opt_state.get("ema", {})))
 
 
 def _one_minus_power(base: float, exponent: Tensor) -> Tensor:
     """1 - base^exponent without the cancellation that a base close to 1 brings."""
-    return -torch.expm1(math.log(base) * _float(exponent)) if base else torch.ones_like(_float(exponent))
+    return -torch.expm1(math.log(base) * as_float(exponent)) if base else torch.ones_like(as_float(exponent))

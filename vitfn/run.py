@@ -1,139 +1,97 @@
-"""A run: its directory (config.json, metrics.jsonl, the final weights) and the loop that fills it."""
+"""A run's directory: config.json, metrics.jsonl, checkpoints and the weights."""
 
 import json
-import logging
 import math
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from vitfn.errors import InputError
+from vitfn.errors import InputError, RunError
 from vitfn.files import replacing
-from vitfn.step import Batch, Metrics, TrainState
-from vitfn.tree import Tree
-
-_READ_EVERY = 0.5  # seconds between looks at the metrics: each look makes the host wait for the device
-_LOGGED = ("loss", "grad_norm", "learning_rate")
-log = logging.getLogger("vitfn")
+from vitfn.snapshot import Snapshots
 
 
 class RunDirectory:
-    """`<output_dir>/<name>/`, which must be new. Made on entering the context, so that a refused run leaves nothing."""
+    """`<output_dir>/<name>/`: new, or with `resume` one that is there; made on entering the context.
 
-    def __init__(self, output_dir: str, name: str):
+    So a refused run leaves nothing. `tensorboard` also writes the metrics for TensorBoard.
+    """
+
+    def __init__(self, output_dir: str, name: str, *, resume: bool = False, keep: int = 2, tensorboard: bool = False):
         self.path = Path(output_dir) / name
-        self.model_path = self.path / "model.npz"
+        self.model_path, self.best_path = self.path / "model.npz", self.path / "best.npz"
+        self.snapshots = Snapshots(self.path / "checkpoints", keep)
+        self._summary_writer = _summary_writer() if tensorboard else None
         self._metrics: Any = None
-        if self.path.exists():
-            raise InputError(f"--name={name}: {self.path} exists; choose another --name or --output_dir, or remove it")
+        self._writer: Any = None
+        if self.path.exists() and not resume:
+            raise InputError(
+                f"--name={name}: {self.path} exists; go on with --resume, choose another --name or --output_dir, or "
+                "remove it"
+            )
 
     def __enter__(self) -> "RunDirectory":
-        self.path.mkdir(parents=True)
-        self._metrics = open(self.path / "metrics.jsonl", "a")
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob("**/.*.tmp"):  # of a writer that was killed
+            leftover.unlink()
+        (self.path / "metrics.jsonl").touch()
         return self
 
     def __exit__(self, *_) -> None:
-        self._metrics.close()
+        self.snapshots.close()
+        for file in (self._metrics, self._writer):
+            if file:
+                file.close()
+
+    def read_config(self) -> dict[str, Any] | None:
+        """config.json; None where there is none."""
+        path = self.path / "config.json"
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(f"{path}: expected a run's config, found: {error}") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
         with replacing(self.path / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, but for one that a kill tore."""
+        rows = []
+        for line in (self.path / "metrics.jsonl").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def start_at(self, step: int) -> list[dict[str, Any]]:
+        """Begins to log after `step` updates; what was logged of later ones is forgotten. Returns what is left."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        with replacing(self.path / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115, closed on leaving the context
+        if self._summary_writer:
+            self._writer = self._summary_writer(self.path, purge_step=step + 1)
+        return kept
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, after `step` updates."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
-        self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise RunError(f"{self.path / 'metrics.jsonl'}: {error.strerror}; make room, then --resume") from None
+        if self._writer:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
 
 
-class Outcome(NamedTuple):
-    """What a run ends with: the parameters, the last metrics by name, the seconds of the first step and the others."""
-
-    params: Tree
-    metrics: dict[str, float]
-    first_seconds: float
-    other_seconds: float
-
-
-class _Unread:
-    """Metrics of steps that are still on the device, and the time since they were last read."""
-
-    def __init__(self) -> None:
-        self._values: list[Tensor] = []  # each (3,)
-        self._images = 0
-        self._started = time.perf_counter()
-
-    def add(self, metrics: Metrics, images: int) -> None:
-        self._values.append(torch.stack([metrics[name] for name in _LOGGED]))
-        self._images += images
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def read(self) -> tuple[list[dict[str, float]], float]:
-        """The metrics of each step, and the seconds they took together; waits for the device."""
-        values = torch.stack(self._values).tolist()
-        rate = self._images / (seconds := self.seconds)
-        names = [f"train/{name}" for name in _LOGGED]
-        return [{**dict(zip(names, row, strict=True)), "train/images_per_second": rate} for row in values], seconds
-
-
-def fit(
-    directory: RunDirectory,
-    state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    batch: Callable[[int], Batch],
-    evaluate: Callable[[Tree], dict[str, float]],
-    *,
-    num_steps: int,
-    eval_every: int,
-    after_first_step: Callable[[], None],
-) -> Outcome:
-    """Takes `num_steps` steps on `batch(step)`, evaluating every `eval_every` of them and at the end; logs both."""
-    latest: dict[str, float] = {}
-    seconds: list[float] = []  # of each reading, the first of which is the first step alone
-
-    def evaluate_now(done: int) -> None:
-        metrics = {f"eval/{name}": value for name, value in evaluate(state.params).items()}
-        directory.log(done, metrics)
-        latest.update(metrics)
-
-    with logging_redirect_tqdm(), tqdm(total=num_steps, unit="step", desc="first step") as bar:
-        unread = _Unread()
-        for done in range(1, num_steps + 1):
-            images, labels = batch(done - 1)
-            state, metrics = train_step(state, (images, labels))
-            unread.add(metrics, len(images))
-            evaluating = done % eval_every == 0 or done == num_steps
-            if done == 1 or evaluating or unread.seconds > _READ_EVERY:
-                rows, elapsed = unread.read()
-                for step, row in enumerate(rows, done - len(rows) + 1):
-                    directory.log(step, row)
-                skipped = [
-                    i for i, row in enumerate(rows, done - len(rows) + 1) if not math.isfinite(row["train/grad_norm"])
-                ]
-                if skipped:
-                    log.warning(
-                        "step %d: gradients not finite; %d of %d updates skipped", skipped[0], len(skipped), len(rows)
-                    )
-                latest.update(rows[-1])
-                seconds.append(elapsed)
-                bar.set_description("training")
-                bar.set_postfix_str("loss={train/loss:.4f}, rate={train/learning_rate:.2e}, "
-                                    "{train/images_per_second:.1f} images/s".format(**latest))  # fmt: skip
-                if done == 1:
-                    after_first_step()
-                if evaluating:
-                    evaluate_now(done)
-                unread = _Unread()
-            bar.update()
-        if num_steps == 0:
-            evaluate_now(0)
-    return Outcome(state.params, latest, sum(seconds[:1]), sum(seconds[1:]))
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs tensorboard; install it with: pip install tensorboard") from None
+    return SummaryWriter

@@ -3,36 +3,42 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vitfn import layers, tree
+from vitfn import layers, losses, scaling, tree
 from vitfn.compile import CompiledStep, compiled
 from vitfn.config import ViTConfig
 from vitfn.device import Device
 from vitfn.errors import InputError
-from vitfn.optim import Optimizer, clip_by_global_norm
+from vitfn.losses import Loss
+from vitfn.optim import Optimizer, clip_by_global_norm, trained
 from vitfn.tree import Tree
 from vitfn.vit import dropout_keys, forward
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), normalised; labels (B,) int64
-Metrics = dict[str, Tensor]  # 0-d, on the device
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), normalised; labels (B,) int64, or weights of the classes (B, K)
+Metrics = dict[str, Tensor]  # on the device
 
 
 class TrainState:
     """What training carries from step to step: `step` (0-d int64), `params` and `opt_state` (trees).
 
-    A state that was donated to a train step has given its memory away: reading it raises RuntimeError.
+    `scaling` is the loss scale's state under float16, which the first step makes. A state that was donated to a train
+    step has given its memory away: reading it raises RuntimeError.
     """
 
     __slots__ = ("_fields",)
 
-    def __init__(self, step: Tensor | int, params: Tree, opt_state: Tree):
+    def __init__(self, step: Tensor | int, params: Tree, opt_state: Tree, scaling: Tree | None = None):
         where = tree.leaves(params)[0].device
-        self._fields: tuple | None = (torch.as_tensor(step, dtype=torch.int64, device=where), params, opt_state)
+        self._fields: tuple | None = (
+            torch.as_tensor(step, dtype=torch.int64, device=where),
+            params,
+            opt_state,
+            scaling,
+        )
 
-    def _read(self) -> tuple[Tensor, Tree, Tree]:
+    def _read(self) -> tuple[Tensor, Tree, Tree, Tree | None]:
         if self._fields is None:
             raise RuntimeError(
                 "this TrainState was donated to a train step, which reused its memory: go on with the state that the "
@@ -46,6 +52,7 @@ class TrainState:
     step = property(lambda self: self._read()[0])
     params = property(lambda self: self._read()[1])
     opt_state = property(lambda self: self._read()[2])
+    scaling = property(lambda self: self._read()[3])
 
 
 def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[[Tree], tuple[Tree, Tensor]]:
@@ -60,8 +67,8 @@ def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[[Tree], tuple[Tre
     return function
 
 
-def _fused_block(params, x, config, keys=None, taps=None):
-    return layers.block(params, x, config, keys, taps, fused=True)
+def _fused_block(params, x, config, keys=None, taps=None, branches=None):
+    return layers.block(params, x, config, keys, taps, fused=True, branches=branches)
 
 
 def _make_forward(config: ViTConfig, precision: str, form: str, row: Device) -> Callable[..., Tensor]:
@@ -92,46 +99,83 @@ def make_train_step(
     compile: str = "auto",
     seed: int = 0,
     donate: bool = True,
+    loss: Loss = losses.softmax,
+    label_smoothing: float = 0.0,
+    accumulation_steps: int = 1,
+    loss_scale: float = 0.0,
 ) -> CompiledStep:
-    """`train_step(state, (images, labels)) -> (state, metrics)`: softmax cross-entropy, one update by an `Optimizer`.
+    """`train_step(state, (images, labels)) -> (state, metrics)`: one update by an `Optimizer` of the mean loss.
 
-    Images are (B, C, H, W), normalised, labels (B,) int64, all on the state's device. The metrics stay there as 0-d
-    tensors: `loss`, `grad_norm` (global, before clipping to `max_grad_norm`) and `learning_rate`. An update whose
-    gradients are not finite is skipped, while `step` advances. `precision` is float32, or bfloat16 or float16 by
-    autocast (no loss scaling). `compile` is 'step' (one graph by torch.func, update included), 'block' (one
-    compiled encoder block for all layers), 'off', or 'auto', the device's choice; the attribute `form` of the result
-    tells which one it became. `seed` draws the dropout masks. With `donate` the given state's memory is reused, and
-    using that state again raises RuntimeError.
+    Images are (B, C, H, W), normalised, labels (B,) int64 or weights of the classes (B, K), all on the state's device.
+    The metrics stay there as 0-d tensors: `loss`, `grad_norm` (global, before clipping to `max_grad_norm`) and
+    `learning_rate`. An update whose gradients are not finite is skipped, while `step` advances.
+
+    `precision` is float32, or bfloat16 or float16 by autocast; under float16 the loss is scaled by `loss_scale`, or
+    where that is 0 by a scale that adapts itself, and the metrics have it. `accumulation_steps` computes gradients in
+    so many equal parts of the batch, one after the other. `compile` is 'step' (one graph by torch.func, update
+    included; with accumulation one for the gradients and one for the update), 'block' (one compiled encoder block for
+    all layers), 'off', or 'auto', the device's choice; the attribute `form` of the result tells which one it became.
+    `seed` draws the dropout masks. With `donate` the given state's memory is reused, and using that state again raises
+    RuntimeError.
     """
     _check_precision(precision)
-    drops = config.dropout_rate > 0 or config.attention_dropout_rate > 0
+    drops = bool(config.dropout_rate or config.attention_dropout_rate or config.stochastic_depth_rate)
 
     def build(form: str, row: Device) -> Callable:
         logits = _make_forward(config, precision, form, row)
         transform = torch.func.grad_and_value if form == "step" else grad_and_value
 
-        def update(step, params, opt_state, images, labels, keys):
-            grads, loss = transform(lambda params: F.cross_entropy(logits(params, images, keys), labels))(params)
-            with torch.no_grad():
-                norm = tree.norm(grads)
-                metrics = {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
-                grads = clip_by_global_norm(grads, norm, max_grad_norm)
-                params, opt_state = optimizer.update(
-                    grads, opt_state, params, step, finite=norm.isfinite(), donate=True
-                )
-            return step + 1, params, opt_state, metrics
+        def gradients(params, scales, images, labels, keys):
+            """Of the part of the mean loss that these images have, scaled."""
 
-        if form == "step":
+            def part(leaves: Tree) -> Tensor:
+                everything = tree.unflatten(tree.flatten(params) | tree.flatten(leaves))
+                each = loss(logits(everything, images, keys), labels, label_smoothing)
+                value = each.sum() / (len(images) * accumulation_steps)
+                return value * scales["scale"] if scales else value
+
+            return transform(part)(trained(params, optimizer.rules))
+
+        def finish(grads, value, step, params, opt_state, scales):
+            with torch.no_grad():
+                if scales:
+                    torch._foreach_mul_(tree.leaves(grads), 1 / scales["scale"])
+                    value = value / scales["scale"]
+                norm = tree.norm(grads)
+                finite = norm.isfinite()
+                metrics = {"loss": value, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
+                if scales:
+                    metrics["loss_scale"] = scales["scale"].clone()
+                    scales = scales if loss_scale else scaling.adjusted(scales, finite)
+                grads = clip_by_global_norm(grads, norm, max_grad_norm)
+                params, opt_state = optimizer.update(grads, opt_state, params, step, finite=finite, donate=True)
+            return step + 1, params, opt_state, scales, metrics
+
+        def update(step, params, opt_state, scales, parts):
+            grads, value = gradients(params, scales, *parts[0])
+            for part in parts[1:]:
+                more, more_value = gradients(params, scales, *part)
+                torch._foreach_add_(tree.leaves(grads), tree.leaves(more))
+                value = value + more_value
+            return finish(grads, value, step, params, opt_state, scales)
+
+        if form == "step" and accumulation_steps == 1:
             update = compiled(update, row.backend)
+        elif form == "step":  # one graph for all parts: else compiling grows with their number
+            gradients, finish = compiled(gradients, row.backend), compiled(finish, row.backend)
 
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            (step, params, opt_state), (images, labels) = state._read(), batch
+            (step, params, opt_state, scales), (images, labels) = state._read(), batch
+            if len(images) % accumulation_steps:
+                raise InputError(f"images: found {len(images)}, expected a multiple of {accumulation_steps=}")
             own = torch.Tensor.detach if donate else lambda leaf: leaf.detach().clone()
             params, opt_state = tree.map(own, params), tree.map(own, opt_state)
-            keys = None
-            if drops:
-                keys = dropout_keys(config, seed, step, torch.arange(len(images), device=images.device))
-            *fields, metrics = update(step, params, opt_state, images, labels, keys)
+            if precision == "float16":
+                scales = scales or scaling.init(step.device, loss_scale)
+            places = torch.arange(len(images), device=images.device).chunk(accumulation_steps)
+            keys = [dropout_keys(config, seed, step, place) if drops else None for place in places]
+            parts = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), keys, strict=True))
+            *fields, metrics = update(step, params, opt_state, scales, parts)
             if donate:
                 state._donate()
             return TrainState(*fields), metrics
@@ -141,11 +185,16 @@ def make_train_step(
     return CompiledStep(build, compile)
 
 
-def make_eval_step(config: ViTConfig, *, precision: str = "float32", compile: str = "auto") -> CompiledStep:
-    """`eval_step(params, (images, labels)) -> metrics`, sums over the batch: `loss`, `correct` and `count`.
+def make_eval_step(
+    config: ViTConfig, *, precision: str = "float32", compile: str = "auto", loss: Loss = losses.softmax
+) -> CompiledStep:
+    """`eval_step(params, (images, labels)) -> metrics`.
 
-    Images labelled -1 are padding and count for nothing, so that a last, partial batch has the shape of the others.
-    `precision` and `compile` are as in `make_train_step`.
+    Sums over the batch: `loss`, `correct` and `count`; images labelled -1 are padding and count for nothing, so that a
+    last, partial batch has the shape of the others. For each image: `losses` (B,), and the class `predicted` (B,), its
+    probability `confidence` (B,), and whether the label is among the `top5` (B,). With labels (B, K), of classes that
+    do not exclude each other, `predicted` and `confidence` are (B, K), by the sigmoid, an image is correct where all of
+    its classes are, and there is no `top5`. `precision` and `compile` are as in `make_train_step`.
     """
     _check_precision(precision)
 
@@ -154,11 +203,18 @@ def make_eval_step(config: ViTConfig, *, precision: str = "float32", compile: st
 
         def measure(params, images, labels):
             y = logits(params, images)
-            return {
-                "loss": F.cross_entropy(y, labels, ignore_index=-1, reduction="sum"),
-                "correct": (y.argmax(-1) == labels).sum(),
-                "count": (labels >= 0).sum(),
-            }
+            real, known = labels >= 0, labels.clamp(min=0)
+            if labels.ndim == 2:
+                real = real.all(-1)
+                of_each = {"confidence": y.sigmoid(), "predicted": y > 0}
+                right = (of_each["predicted"] == (labels > 0.5)).all(-1)
+            else:
+                predicted, best = y.argmax(-1), y.topk(min(5, y.shape[-1])).indices  # (B,), (B, 5)
+                confidence = y.softmax(-1).gather(-1, predicted[:, None])[:, 0]
+                of_each = {"predicted": predicted, "confidence": confidence, "top5": (best == labels[:, None]).any(-1)}
+                right = predicted == labels
+            each = loss(y, known) * real
+            return {"loss": each.sum(), "correct": (right & real).sum(), "count": real.sum(), "losses": each} | of_each
 
         if form == "step":
             measure = compiled(measure, row.backend)

@@ -1,142 +1,216 @@
 """Trains a Vision Transformer on images: python -m vitfn.train --flagfile=flags/quickstart.flags"""
 
 import dataclasses
+import json
 import logging
-import math
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from absl.flags import FlagValues
 
-from vitfn import __version__, device, flags, optim, tree, vit, weights
-from vitfn.config import ViTConfig, get_config
-from vitfn.data import Dataset, load
-from vitfn.data.augment import augment
-from vitfn.data.batches import batch_indices
+from vitfn import __version__, device, flags, flops, losses, optim, recipe, report, snapshot, tree, vit, weights
+from vitfn.command import run_command
+from vitfn.config import ViTConfig
+from vitfn.data import Dataset, Files, load
+from vitfn.data.augment import augment, crop
+from vitfn.data.batches import training_batches
+from vitfn.data.images import decode
 from vitfn.errors import InputError
 from vitfn.evaluate import evaluate
-from vitfn.run import Outcome, RunDirectory, fit
-from vitfn.step import Batch, TrainState, make_eval_step, make_train_step
+from vitfn.fit import Job, Outcome, Plan, fit
+from vitfn.metrics import Predictions, measures
+from vitfn.run import RunDirectory
+from vitfn.step import PRECISIONS, Batch, TrainState, grad_and_value, make_eval_step, make_train_step
 from vitfn.tree import Tree
 
+GROUPS = (
+    flags.run_flags,
+    flags.train_flags,
+    flags.recipe_flags,
+    flags.augment_flags,
+    flags.data_flags,
+    flags.model_flags,
+    flags.device_flags,
+)
+# Flags that a resumed run may change: where things are, and what is shown of them.
+_FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
+         "checkpoint_every", "report", "tensorboard", "tcap_log")  # fmt: skip
+_NAMED = 3  # leaves that an error names
+_SAMPLES = 24  # images in the report
 log = logging.getLogger("vitfn")
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    return flags.run_command(train, argv, flags.train_flags, flags.data_flags, flags.model_flags, flags.device_flags)
+    return run_command(train, argv, *GROUPS)
 
 
-def train(fv: FlagValues) -> None:
+def train(fv: FlagValues) -> int:
     """The command: everything that can be wrong with the input shows before the run directory is made."""
-    _check(fv)
+    if not fv.name or fv.name in (".", "..") or Path(fv.name).name != fv.name:
+        raise InputError(f"--name: found {fv.name or 'none'}, expected a name for the run's folder in --output_dir")
+    recipe.check(fv)
     row = device.find(fv.device)
-    directory = RunDirectory(fv.output_dir, fv.name)
+    directory = RunDirectory(
+        fv.output_dir, fv.name, resume=fv.resume, keep=fv.keep_checkpoints, tensorboard=fv.tensorboard
+    )
+    settings = {name: value for name, value in fv.flag_values_dict().items() if name not in ("help", "h", "flagfile")}
+    _check_unchanged(directory, settings)
     described = weights.describe(fv.pretrained_dir) if fv.pretrained_dir else None
-    config = _config(fv, described.config if described else None)
-    dataset = load(fv.dataset, fv.data_dir, fv.download)
+    config = recipe.model(fv, described.config if described else None)
+    dataset = load(
+        fv.dataset, fv.data_dir, fv.download, channels=fv.channels, val_fraction=fv.val_fraction, seed=fv.seed
+    )
     for flag, split in (("train_batch_size", dataset.train), ("eval_batch_size", dataset.test)):
-        if (found := getattr(fv, flag)) > (count := len(split.labels)):
+        if (found := getattr(fv, flag)) > split.size:
             raise InputError(
-                f"--{flag}: found {found}, expected at most the {count} images that {fv.dataset} has for it"
+                f"--{flag}: found {found}, expected at most the {split.size} images that {fv.dataset} has for it"
             )
-    channels = dataset.train.images.shape[1]
-    config = dataclasses.replace(config, num_classes=len(dataset.class_names), channels=channels)
+    config = recipe.for_data(config, len(dataset.class_names), dataset.train.channels)
     params = tree.to(_starting_params(fv, config), row.name)
     precision = row.precision if fv.precision == "auto" else fv.precision
-    optimizer = _optimizer(fv)
+    optimizer = recipe.optimizer(fv, config)
+    loss = recipe.loss(fv.loss, dataset.train.labels.ndim == 2)
     train_step = make_train_step(
-        config, optimizer, max_grad_norm=fv.max_grad_norm, precision=precision, compile=fv.compile, seed=fv.seed
+        config,
+        optimizer,
+        max_grad_norm=fv.max_grad_norm,
+        precision=precision,
+        compile=fv.compile,
+        seed=fv.seed,
+        loss=loss,
+        label_smoothing=fv.label_smoothing,
+        accumulation_steps=fv.gradient_accumulation_steps,
+        loss_scale=fv.loss_scale,
     )
-    eval_step = make_eval_step(config, precision=precision, compile=fv.compile)
+    eval_step = make_eval_step(config, precision=precision, compile=fv.compile, loss=loss)
     training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
+    augmentation = recipe.augmentation(fv)
+    predictions: list[Any] = []  # the last evaluation's, and where its images are
 
-    def batch(step: int) -> Batch:
-        index = batch_indices(len(training.labels), fv.train_batch_size, fv.seed, step).to(row.name, non_blocking=True)
-        images = augment(training.images[index], config, seed=fv.seed, step=step, crop_min=fv.crop_min, flip=fv.flip)
-        return images, training.labels[index]
+    def batches(start: int) -> Iterator[Batch]:
+        cropped = training_batches(
+            training,
+            partial(crop, config_size=config.image_hw, augmentation=augmentation),
+            batch_size=fv.train_batch_size,
+            seed=fv.seed,
+            start=start,
+            stop=fv.num_steps,
+            device=row.name,
+            workers=fv.num_workers,
+            on_bad=fv.bad_images,
+        )
+        for step, (images, labels) in enumerate(cropped, start):
+            yield augment(images, labels, config, seed=fv.seed, step=step, augmentation=augmentation)
 
     def after_first_step() -> None:
         nonlocal eval_step  # in the form that works, so that one that fails is tried and reported once
-        eval_step = make_eval_step(config, precision=precision, compile=train_step.form or fv.compile)
+        eval_step = make_eval_step(config, precision=precision, compile=train_step.form or fv.compile, loss=loss)
         describe_run()
+
+    def evaluate_now(state: TrainState) -> dict[str, float]:
+        predictions[:] = evaluate(
+            eval_step,
+            optim.averaged(state.params, state.opt_state),
+            testing,
+            config,
+            fv.eval_batch_size,
+            fit=recipe.fit_for_evaluation(fv, config),
+            workers=fv.num_workers,
+            on_bad=fv.bad_images,
+        )
+        return measures(predictions[0])
+
+    def save_best(state: TrainState) -> Any:
+        weights_now = snapshot.on_cpu(optim.averaged(state.params, state.opt_state))
+        return lambda: weights.save_npz(directory.best_path, weights_now, config, dataset.class_names)
 
     def describe_run() -> None:
         steps = {"train": train_step, "eval": eval_step}
         compiled = {name: {"form": step.form, "failures": step.failures} for name, step in steps.items()}
         directory.write_config(
-            {name: value for name, value in fv.flag_values_dict().items() if name not in flags.NOT_SETTINGS}
+            settings
             | {
                 "command": shlex.join(sys.argv),
+                "changed": {name: value for name, value in settings.items() if value != fv[name].default},
                 "model": dataclasses.asdict(config) | {"parameters": tree.size(params)},
                 "resolved": {"device": row.name, "precision": precision, "compile": compiled},
                 "versions": {"vitfn": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
         )
 
+    _warn(fv, described)
+    with directory:
+        state, notes = TrainState(0, params, optimizer.init(params)), {}
+        if saved := directory.snapshots.latest(state) if fv.resume else None:
+            state, notes = saved
+            log.info("going on after step %d", int(state.step))
+        describe_run()
+        job = Job(
+            batches,
+            train_step,
+            after_first_step,
+            evaluate_now,
+            save_best,
+            partial(_explain, config=config, loss=loss),
+            _utilisation(config, optimizer, row.name, precision) if fv.num_steps else lambda rate: None,
+        )
+        epoch_steps = dataset.train.size / fv.train_batch_size
+        plan = Plan(fv.num_steps, fv.eval_every, fv.checkpoint_every, epoch_steps, fv.tcap_log)
+        outcome = fit(directory, job, state, notes, plan)
+        if outcome.stopped:
+            return 128 + outcome.stopped
+        describe_run()
+        final = optim.averaged(outcome.state.params, outcome.state.opt_state)
+        if fv.num_steps:
+            weights.save_npz(directory.model_path, final, config, dataset.class_names)
+        if fv.report and predictions:
+            samples = _samples(*predictions, dataset)
+            rows, written = directory.rows(), directory.read_config()
+            report.write(
+                directory.path / "report.html",
+                command=shlex.join(sys.argv),
+                config=written or {},
+                rows=rows,
+                predictions=predictions[0],
+                class_names=dataset.class_names,
+                samples=samples,
+            )
+    _print_summary(
+        fv, config, dataset, directory, outcome, f"{row.name}, {precision}, compile={train_step.form or eval_step.form}"
+    )
+    return 0
+
+
+def _check_unchanged(directory: RunDirectory, settings: dict[str, Any]) -> None:
+    """Refuses to resume a run with other flags than it was begun with."""
+    if not (begun := directory.read_config()):
+        return
+    now = json.loads(json.dumps(settings))
+    changed = [name for name in now if name not in _FREE and name in begun and now[name] != begun[name]]
+    if changed:
+        given, had = (" ".join(f"--{name}={values[name]}" for name in changed) for values in (now, begun))
+        raise InputError(f"--resume: found {given}, expected what the run was begun with: {had}")
+    if (version := begun.get("versions", {}).get("torch")) != torch.__version__:
+        log.warning("the run was begun with torch %s, this is %s: its bits may differ", version, torch.__version__)
+
+
+def _warn(fv: FlagValues, described: weights.Description | None) -> None:
     if described and not described.stated:
         log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, weights.assumed(described.config))
     if 0 < fv.num_steps < fv.warmup_steps:
         log.warning(
             "--warmup_steps=%d exceeds --num_steps=%d: the rate never reaches its peak", fv.warmup_steps, fv.num_steps
         )
-    with directory:
-        describe_run()
-        outcome = fit(
-            directory,
-            TrainState(0, params, optimizer.init(params)),
-            train_step,
-            batch,
-            lambda params: evaluate(eval_step, params, testing, config, fv.eval_batch_size),
-            num_steps=fv.num_steps,
-            eval_every=fv.eval_every,
-            after_first_step=after_first_step,
-        )
-        describe_run()
-        if fv.num_steps:
-            weights.save_npz(directory.model_path, outcome.params, config, dataset.class_names)
-    _print_summary(
-        fv, config, dataset, directory, outcome, f"{row.name}, {precision}, compile={train_step.form or eval_step.form}"
-    )
-
-
-def _check(fv: FlagValues) -> None:
-    if not fv.name or fv.name in (".", "..") or Path(fv.name).name != fv.name:
-        raise InputError(f"--name: found {fv.name or 'none'}, expected a name for the run's folder in --output_dir")
-    if fv.fp16:
-        if fv.precision not in ("auto", "float16"):
-            raise InputError(f"--fp16 and --precision={fv.precision} contradict each other; expected one of them")
-        fv["precision"].value = "float16"
-    for name, accepted in (("gradient_accumulation_steps", (1,)), ("loss_scale", (0,)), ("local_rank", (-1, 0))):
-        if (value := fv[name].value) not in accepted:
-            raise InputError(
-                f"--{name}: found {value}, which is not built yet; expected {' or '.join(map(str, accepted))}"
-            )
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "crop_min"):
-        if not math.isfinite(value := getattr(fv, name)):
-            raise InputError(f"--{name}: found {value}, expected a finite number")
-    if fv.max_grad_norm <= 0:
-        raise InputError(f"--max_grad_norm: found {fv.max_grad_norm}, expected a number above 0")
-
-
-def _config(fv: FlagValues, own: ViTConfig | None) -> ViTConfig:
-    """The model by the flags, for any dataset; what they leave open is as in the file of weights, or else Google's."""
-    overrides: dict[str, Any] = {"image_size": fv.img_size}
-    if own:
-        fields = ["gelu", "layer_norm_eps", "mean", "std", "posemb"]
-        if not fv.model_type.endswith("-gap-norep"):
-            fields.append("classifier")
-        overrides |= {name: getattr(own, name) for name in fields}
-    overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
-    try:
-        return get_config(fv.model_type, **overrides)
-    except InputError as error:
-        size = "x".join(map(str, fv.img_size)) if isinstance(fv.img_size, tuple) else fv.img_size
-        raise InputError(f"--model_type={fv.model_type} --img_size={size}: {error}") from None
+    if fv["fp16_opt_level"].present:
+        meaning = "autocast with float32 weights" if fv.fp16 else "nothing without --fp16"
+        log.info("--fp16_opt_level=%s means %s", fv.fp16_opt_level, meaning)
 
 
 def _starting_params(fv: FlagValues, config: ViTConfig) -> Tree:
@@ -148,10 +222,47 @@ def _starting_params(fv: FlagValues, config: ViTConfig) -> Tree:
     return params
 
 
-def _optimizer(fv: FlagValues) -> optim.Optimizer:
-    decay = optim.warmup_cosine if fv.decay_type == "cosine" else optim.warmup_linear
-    make = optim.sgd if fv.optimizer == "sgd" else optim.adamw
-    return make(decay(fv.learning_rate, fv.num_steps, fv.warmup_steps), weight_decay=fv.weight_decay)
+def _utilisation(config: ViTConfig, optimizer: optim.Optimizer, where: str, precision: str) -> Any:
+    """The share of the device's own matrix products that training makes use of; None where it is not known."""
+    if config.resnet or optimizer.rules.frozen:
+        return lambda images_per_second: None
+    peak = flops.measured_peak(where, PRECISIONS[precision] or torch.float32)
+    return lambda images_per_second: 3 * flops.forward_flops(config) * images_per_second / peak
+
+
+def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Loss) -> str:
+    """Which leaves are not finite: parameters, or their gradients in float32, eagerly."""
+
+    def named(leaves: Tree, what: str) -> str:
+        bad = [path for path, leaf in tree.flatten(leaves).items() if not leaf.isfinite().all()]
+        return (
+            f"{what} of {', '.join(bad[:_NAMED])}" + (f" and {len(bad) - _NAMED} more" if bad[_NAMED:] else "")
+            if bad
+            else ""
+        )
+
+    images, labels = batch
+    grads, _ = grad_and_value(lambda params: loss(vit.apply(params, images, config), labels).mean())(state.params)
+    return named(state.params, "parameters") or named(grads, "gradients") or "in float32 they are"
+
+
+def _samples(p: Predictions, places: torch.Tensor, dataset: Dataset) -> list[report.Sample]:
+    """Images for the report: the surest mistakes, and as many of the others, evenly over the split."""
+    if p.multi_label:
+        return []
+    wrong = (~p.right).nonzero()[:, 0]
+    wrong = wrong[p.confidence[wrong].argsort(descending=True)][: _SAMPLES // 2].tolist()
+    right = p.right.nonzero()[:, 0].tolist()
+    chosen = wrong + right[:: max(1, len(right) // (_SAMPLES // 2))][: _SAMPLES - len(wrong)]
+    test, names = dataset.test, dataset.class_names
+
+    def image(i: int) -> torch.Tensor:
+        return decode(test.paths[i], test.channels) if isinstance(test, Files) else test.images[i]
+
+    return [
+        report.Sample(image(int(places[i])), names[p.labels[i]], names[p.predicted[i]], float(p.confidence[i]))
+        for i in chosen
+    ]
 
 
 def _print_summary(
@@ -160,14 +271,14 @@ def _print_summary(
     metrics = outcome.metrics
     start = fv.pretrained_dir or "random weights"
     rows = {
-        "model": f"{config.name}, {tree.size(outcome.params):,} parameters, from {start}",
-        "data": f"{fv.dataset}, {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images",
+        "model": f"{config.name}, {tree.size(outcome.state.params):,} parameters, from {start}",
+        "data": f"{fv.dataset}, {dataset.train.size:,} training and {dataset.test.size:,} test images",
         "device": how,
     }
-    if fv.num_steps:
-        others = (fv.num_steps - 1) * fv.train_batch_size / outcome.other_seconds if fv.num_steps > 1 else 0
+    if outcome.updates:
+        others = (outcome.updates - 1) * fv.train_batch_size / outcome.other_seconds if outcome.updates > 1 else 0
         rows["steps"] = (
-            f"{fv.num_steps:,} of {fv.train_batch_size} images; the first took {outcome.first_seconds:.1f} s, "
+            f"{outcome.updates:,} of {fv.train_batch_size} images; the first took {outcome.first_seconds:.1f} s, "
             f"the others {outcome.other_seconds:.1f} s ({others:.1f} images/s)"
         )
         rows["train loss"] = f"{metrics['train/loss']:.4f}"

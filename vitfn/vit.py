@@ -134,6 +134,18 @@ def dropout_keys(config: ViTConfig, seed: int, step: int | Tensor, sample: Tenso
     return rng.fold_in(keys, places[:, None]).reshape(-1, 4, len(sample))
 
 
+def branch_factors(config: ViTConfig, keys: Tensor) -> Tensor:
+    """Stochastic depth (Huang et al., arXiv 1603.09382): a factor for each block, branch and sample, (layers, 2, B).
+
+    A branch of block i is dropped with probability rate * i / (layers - 1), and scaled by 1 / (1 - that) where it
+    stays. `keys` are dropout's.
+    """
+    layers = config.num_layers
+    rates = torch.arange(layers, device=keys.device).float() * (config.stochastic_depth_rate / max(1, layers - 1))
+    rates = rates[:, None, None]
+    return (rng.uniform(rng.fold_in(keys[1:, 1::2], 1)) >= rates) / (1 - rates)
+
+
 def forward(
     params: Tree,
     images: Tensor,
@@ -147,10 +159,13 @@ def forward(
     if captured is not None:
         captured["embedded"] = x
     x = layers.dropout(x, config.dropout_rate, None if keys is None else keys[0, 0])
+    branches = None if keys is None or not config.stochastic_depth_rate else branch_factors(config, keys)
     for i in range(config.num_layers):
         name = f"encoderblock_{i}"
         taps = None if captured is None else captured.setdefault(name, {})
-        x = block(params["Transformer"][name], x, config, None if keys is None else keys[i + 1], taps)
+        own_keys = None if keys is None else keys[i + 1]
+        own_branches = None if branches is None else branches[i]
+        x = block(params["Transformer"][name], x, config, own_keys, taps, branches=own_branches)
         if taps is not None:
             taps["tokens"] = x
     x = layers.layer_norm(params["Transformer"]["encoder_norm"], x, config)

@@ -1,18 +1,31 @@
-"""Augmentation and resizing as functions of (images, seed, step), batched, on the images' device.
+"""Augmentation as a function of (images, labels, seed, step), batched, on the images' device.
 
-B batch, C channels, H and W height and width before, h and w after.
+B batch, C channels, H and W height and width before a crop, h and w after, K classes.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitfn import rng
 from vitfn.config import ViTConfig
+from vitfn.data.crops import random_boxes, random_resized_crop
+from vitfn.data.mix import cutmix, mixup
+from vitfn.data.randaugment import randaugment
+from vitfn.losses import one_hot
 
-_TRIES = 10
-_RATIO = (3 / 4, 4 / 3)  # width / height
+
+class Augmentation(NamedTuple):
+    """What is done to training images; by default a random crop alone."""
+
+    crop_min: float = 0.05  # least part of an image's area to keep; at 1 a square image is only resized
+    crop: str = "torchvision"  # one of crops.SAMPLERS
+    flip: bool = False  # mirror half of the images left to right
+    randaugment: tuple[int, int] | None = None  # number of operations, magnitude 0 to 10
+    erasing: float = 0.0  # probability
+    mixup: float = 0.0  # alpha; 0 is off
+    cutmix: float = 0.0  # alpha; 0 is off
 
 
 def normalise(images: Tensor, config: ViTConfig) -> Tensor:
@@ -25,60 +38,53 @@ def normalise(images: Tensor, config: ViTConfig) -> Tensor:
     return (images.float() - channels(config.mean)) / channels(config.std)
 
 
-def _interpolation(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor | None = None) -> Tensor:
-    """Weights (B, out, size) that sample `length` pixels from `start` at `out` places: bilinear, half-pixel centres."""
-    place = torch.arange(out, device=start.device).expand(len(start), out)
-    if flip is not None:
-        place = torch.where(flip[:, None], out - 1 - place, place)
-    centre = start[:, None] + (place + 0.5) * (length[:, None] / out) - 0.5  # (B, out)
-    centre = centre.clamp(start[:, None], start[:, None] + length[:, None] - 1)
-    pixel = torch.arange(size, device=start.device)
-    return (1 - (centre[:, :, None] - pixel).abs()).clamp(min=0)
+def sample_keys(seed: int, step: int, places: Tensor, use: str = "augment") -> Tensor:
+    """A key for each place in the batch of a step: places (B,) int64 -> (B,) int64, on their device."""
+    return rng.fold_in(rng.fold_in(rng.stream(seed, use), step), places)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, no antialiasing, aspect ratio ignored, as Google evaluates: (B, C, H, W) -> (B, C, h, w) float32."""
-    zero = torch.zeros(1, device=images.device)
-    rows = _interpolation(zero, zero + images.shape[2], images.shape[2], size[0])  # (1, h, H)
-    columns = _interpolation(zero, zero + images.shape[3], images.shape[3], size[1])  # (1, w, W)
-    return rows @ images.float() @ columns.mT
+def crop(images: Tensor, keys: Tensor, *, config_size: tuple[int, int], augmentation: Augmentation) -> Tensor:
+    """A random part of each image, perhaps mirrored: (B, C, H, W) and keys (B,) -> (B, C, h, w) pixels, float32."""
+    return random_resized_crop(images, config_size, keys, augmentation.crop_min, augmentation.flip, augmentation.crop)
 
 
-def random_resized_crop(
-    images: Tensor, size: tuple[int, int], keys: Tensor, scale: float, flip: bool = False
-) -> Tensor:
-    """A random part of each image, resized: (B, C, H, W) and keys (B,) -> (B, C, h, w) float32.
+def augment(
+    images: Tensor, labels: Tensor, config: ViTConfig, *, seed: int, step: int, augmentation: Augmentation
+) -> tuple[Tensor, Tensor]:
+    """A step's cropped images, pixels (B, C, h, w) float32, and labels (B,) -> what the train step takes, normalised.
 
-    Area uniform in [scale, 1] of the image, log-ratio uniform between 3/4 and 4/3; after ten tries that do not fit,
-    the largest centred part of an allowed ratio (Szegedy et al., arXiv 1409.4842; torchvision's sampler). Bilinear.
-    With `flip`, half of them are mirrored left to right.
+    RandAugment, normalisation, random erasing, then mixup or cutmix: a function of (seed, step) and each image's place
+    in the batch. Where both of the last are on, a step's toss decides. Labels stay as they are unless images are mixed,
+    then they are targets (B, K) float32. Raises InputError where an optional dependency is missing.
+    """
+    places = torch.arange(len(images))
+    if augmentation.randaugment:
+        images = randaugment(images, sample_keys(seed, step, places, "randaugment"), *augmentation.randaugment)
+    images = normalise(images, config)
+    if augmentation.erasing:
+        keys = sample_keys(seed, step, places.to(images.device), "erasing")
+        images = random_erasing(images, keys, augmentation.erasing)
+    mixing = [(f, alpha) for f, alpha in ((mixup, augmentation.mixup), (cutmix, augmentation.cutmix)) if alpha]
+    if not mixing:
+        return images, labels
+    key = rng.fold_in(rng.stream(seed, "mix"), step)
+    mix, alpha = mixing[rng.fold_in(key, 0) * len(mixing) >> 32]
+    return mix(images, one_hot(labels, config.num_classes), alpha, key)
+
+
+def random_erasing(images: Tensor, keys: Tensor, probability: float) -> Tensor:
+    """A random rectangle of some normalised images set to 0, the mean (Zhong et al., arXiv 1708.04896).
+
+    (B, C, H, W) and keys (B,); each image with `probability`. Area 0.02 to 1/3 of the image, uniform; ratio of the
+    sides 0.3 to 3.3, log-uniform. Where none of ten tries fits, nothing is erased.
     """
     height, width = images.shape[2:]
-    area, ratio, top, left, mirrored = rng.uniform(keys, 5, _TRIES).unbind(1)  # each (B, tries)
-    area = height * width * (scale + (1 - scale) * area)
-    ratio = torch.exp(math.log(_RATIO[0]) + (math.log(_RATIO[1]) - math.log(_RATIO[0])) * ratio)
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.float().argmax(1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]  # (B,)
-    x = (left[:, 0] * (width - w + 1)).floor()
-    y = (top[:, 0] * (height - h + 1)).floor()
-    whole_w = min(width, round(height * _RATIO[1]))
-    whole_h = min(height, round(width / _RATIO[0]))
-    none_fits = ~fits.any(1)
-    x, w = torch.where(none_fits, (width - whole_w) // 2, x), torch.where(none_fits, whole_w, w)
-    y, h = torch.where(none_fits, (height - whole_h) // 2, y), torch.where(none_fits, whole_h, h)
-    rows = _interpolation(y, h, height, size[0])  # (B, h, H)
-    columns = _interpolation(x, w, width, size[1], mirrored[:, 0] < 0.5 if flip else None)  # (B, w, W)
-    return rows[:, None] @ images.float() @ columns[:, None].mT
+    (y, x, h, w), found = random_boxes(height, width, keys, (0.02, 1 / 3), (0.3, 3.3))
+    erased = found & (rng.uniform(rng.fold_in(keys, 1)) < probability)  # (B,)
 
+    def inside(start: Tensor, length: Tensor, size: int) -> Tensor:  # (B, size)
+        pixel = torch.arange(size, device=images.device)
+        return (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
 
-def augment(images: Tensor, config: ViTConfig, *, seed: int, step: int, crop_min: float, flip: bool) -> Tensor:
-    """A step's images, cropped, perhaps mirrored, and normalised: (B, C, H, W) uint8 -> (B, C, h, w) float32.
-
-    A function of (seed, step) and each image's place in the batch. `crop_min` is the least part of an image's area to
-    keep; at 1 a square image is only resized.
-    """
-    places = torch.arange(len(images), device=images.device)
-    keys = rng.fold_in(rng.fold_in(rng.stream(seed, "augment"), step), places)
-    return normalise(random_resized_crop(images, config.image_hw, keys, crop_min, flip), config)
+    rows, columns = inside(y, h, height), inside(x, w, width)
+    return images.masked_fill((erased[:, None, None] & rows[:, :, None] & columns[:, None, :])[:, None], 0)

@@ -1,0 +1,204 @@
+"""The training loop: steps, what is read of them, evaluations, checkpoints, and stopping well."""
+
+import logging
+import math
+import signal
+import time
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vitfn import tcap
+from vitfn.errors import RunError
+from vitfn.run import RunDirectory
+from vitfn.signals import Stop, Stopped
+from vitfn.step import Batch, Metrics, TrainState
+
+_READ_EVERY = 0.5  # seconds between looks at the metrics: each look makes the host wait for the device
+_GIVE_UP_AFTER = 30  # updates in a row whose gradients are not finite; a loss scale needs 16 to fall from 65536 to 1
+log = logging.getLogger("vitfn")
+
+
+class Plan(NamedTuple):
+    """When things happen, in updates; `epoch_steps` make an epoch, `checkpoint_every` 0 is never but at the end."""
+
+    num_steps: int
+    eval_every: int
+    checkpoint_every: int
+    epoch_steps: float = 1.0
+    tcap_log: bool = False
+
+    def evaluates(self, done: int) -> bool:
+        return done == self.num_steps or (done > 0 and done % self.eval_every == 0)
+
+    def saves(self, done: int) -> bool:
+        return done == self.num_steps or (self.checkpoint_every > 0 and done % self.checkpoint_every == 0)
+
+
+class Job(NamedTuple):
+    """What the loop asks of a command.
+
+    `batches(start)` are those of the updates numbered from `start`. `evaluate` gives measures of the test split,
+    `accuracy` among them. `save_best` makes a function that writes the weights, for a thread of its own. `explain` says
+    which leaves are not finite. `utilisation` is the MFU at a number of images per second, or None.
+    """
+
+    batches: Callable[[int], Iterator[Batch]]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    after_first_step: Callable[[], None]
+    evaluate: Callable[[TrainState], dict[str, float]]
+    save_best: Callable[[TrainState], Callable[[], None]]
+    explain: Callable[[TrainState, Batch], str]
+    utilisation: Callable[[float], float | None] = lambda images_per_second: None
+
+
+class Outcome(NamedTuple):
+    """What a run ends with: the state, the last metrics by name, the updates made now, and the signal that ended it.
+
+    `first_seconds` are those of the first update, with what it compiled, `other_seconds` those of the others.
+    """
+
+    state: TrainState
+    metrics: dict[str, float]
+    updates: int
+    first_seconds: float
+    other_seconds: float
+    stopped: int | None
+
+
+class _Unread:
+    """Metrics of steps that are still on the device, and the time since they were last read."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._names: list[str] = []
+        self._images = 0
+        self._started = time.perf_counter()
+
+    def add(self, metrics: Metrics, images: int) -> None:
+        self._names = [f"train/{name}" for name in metrics]
+        self._values.append(torch.stack([value.float() for value in metrics.values()]))
+        self._images += images
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def read(self) -> tuple[list[dict[str, float]], float]:
+        """The metrics of each step, and the seconds they took together; waits for the device."""
+        values = torch.stack(self._values).tolist()
+        rate = self._images / (seconds := self.seconds)
+        return [
+            {**dict(zip(self._names, row, strict=True)), "train/images_per_second": rate} for row in values
+        ], seconds
+
+
+def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, Any], plan: Plan) -> Outcome:
+    """Trains from `state` to `plan.num_steps`; logs, evaluates, keeps checkpoints and the best weights.
+
+    `notes` are what a checkpoint knows beside the state. Raises RunError where files cannot be written and where the
+    gradients are no longer finite.
+    """
+    start, snapshots = int(state.step), directory.snapshots
+    earlier = directory.start_at(start)
+    evaluated = any(row["step"] == start and "eval/loss" in row for row in earlier)
+    latest: dict[str, float] = dict(ChainMap(*reversed(earlier)))
+    seconds: list[float] = []  # of each reading, the first of which is the first step alone
+    bad = 0  # updates in a row that were skipped, up to now
+
+    def evaluate_now(done: int) -> None:
+        with stop.at_once():
+            metrics = job.evaluate(state)
+        directory.log(done, {f"eval/{name}": value for name, value in metrics.items()})
+        latest.update({f"eval/{name}": value for name, value in metrics.items()})
+        if done and metrics["accuracy"] > notes.get("best", {}).get("accuracy", -1.0):
+            notes["best"] = {"step": done, "accuracy": metrics["accuracy"]}
+            snapshots.submit(job.save_best(state), f"the best weights, of step {done},")
+
+    def read(done: int) -> None:
+        nonlocal bad
+        rows, elapsed = unread.read()
+        first = done - len(rows) + 1
+        for number, row in enumerate(rows, first):
+            directory.log(number, row)
+        if plan.tcap_log:
+            tqdm.write("\n".join(_tcap_line(number - 1, row, plan) for number, row in enumerate(rows, first)))
+        skipped = [number for number, row in enumerate(rows, first) if not math.isfinite(row["train/grad_norm"])]
+        if skipped:
+            log.warning("step %d: gradients not finite; %d of %d updates skipped", skipped[0], len(skipped), len(rows))
+        trailing = _trailing(rows)
+        bad = bad + trailing if trailing == len(rows) else trailing
+        latest.update(rows[-1])
+        seconds.append(elapsed)
+        used = job.utilisation(latest["train/images_per_second"])
+        bar.set_description("training")
+        bar.set_postfix_str(
+            "loss={train/loss:.4f}, rate={train/learning_rate:.2e}, {train/images_per_second:.1f} images/s".format(
+                **latest
+            )
+            + ("" if used is None else f", MFU {used:.0%}")
+        )
+
+    with Stop() as stop, logging_redirect_tqdm(), tqdm(total=plan.num_steps, initial=start, unit="step") as bar:
+        done = start
+        try:
+            if plan.evaluates(start) and not evaluated:
+                evaluate_now(start)
+            unread, batches = _Unread(), job.batches(start)
+            bar.set_description("first step")
+            for done in range(start + 1, plan.num_steps + 1):
+                batch = next(batches)
+                state, metrics = job.train_step(state, batch)
+                unread.add(metrics, len(batch[0]))
+                snapshots.check()
+                due = plan.evaluates(done) or plan.saves(done) or stop.signal
+                if due or done == start + 1 or unread.seconds > _READ_EVERY:
+                    read(done)
+                    unread = _Unread()
+                    if bad >= _GIVE_UP_AFTER:
+                        raise RunError(_hopeless(done, bad, job.explain(state, batch), directory))
+                if done == start + 1:
+                    job.after_first_step()
+                    unread = _Unread()
+                bar.update()
+                if stop.signal:
+                    break
+                if plan.evaluates(done):
+                    evaluate_now(done)
+                if plan.saves(done) and not bad:
+                    snapshots.save(state, notes)
+                if due:
+                    unread = _Unread()
+        except Stopped:
+            pass
+        if stop.signal and done:
+            snapshots.save(state, notes)
+        snapshots.wait()
+    if stop.signal:
+        log.warning("stopped by %s after step %d; go on with --resume", signal.Signals(stop.signal).name, done)
+    return Outcome(state, latest, done - start, sum(seconds[:1]), sum(seconds[1:]), stop.signal)
+
+
+def _tcap_line(iteration: int, row: dict[str, float], plan: Plan) -> str:
+    epoch = int(iteration / plan.epoch_steps)
+    return tcap.line(iteration, epoch, row["train/loss"], row["train/images_per_second"])
+
+
+def _trailing(rows: list[dict[str, float]]) -> int:
+    """How many of the last rows in a row were skipped."""
+    good = [i for i, row in enumerate(rows) if math.isfinite(row["train/grad_norm"])]
+    return len(rows) - 1 - good[-1] if good else len(rows)
+
+
+def _hopeless(done: int, bad: int, leaves: str, directory: RunDirectory) -> str:
+    kept = directory.snapshots.files()
+    return (
+        f"the gradients of the last {bad} updates, {done - bad + 1} to {done}, are not finite: {leaves}; "
+        + (f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet")
+        + "; a lower --learning_rate or another --precision may help"
+    )

@@ -1,0 +1,134 @@
+"""From flags to what the library takes: the model, the optimizer, the loss, the augmentation, the evaluation's crop."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from absl.flags import FlagValues
+from torch import Tensor
+
+from vitfn import optim, schedules, vit
+from vitfn.config import ViTConfig, get_config
+from vitfn.data.augment import Augmentation
+from vitfn.data.crops import resize, resize_and_crop
+from vitfn.errors import InputError
+from vitfn.losses import LOSSES, Loss
+
+_OPT_LEVELS = re.compile(r"[O0][0-3]")  # Apex's; the seed's command line has a zero for the letter
+
+
+def check(fv: FlagValues) -> None:
+    """Raises InputError for flags that are wrong by themselves or contradict each other."""
+    if fv.fp16:
+        if fv.precision not in ("auto", "float16"):
+            raise InputError(f"--fp16 and --precision={fv.precision} contradict each other; expected one of them")
+        fv["precision"].value = "float16"
+    if not _OPT_LEVELS.fullmatch(fv.fp16_opt_level):
+        raise InputError(f"--fp16_opt_level: found {fv.fp16_opt_level!r}, expected O0, O1, O2 or O3")
+    if fv.loss_scale and fv.precision != "float16":
+        raise InputError(f"--loss_scale={fv.loss_scale:g} scales nothing: expected --precision=float16 with it")
+    if fv.local_rank not in (-1, 0):
+        raise InputError(f"--local_rank: found {fv.local_rank}, which is not built yet; expected -1 or 0")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "crop_min", "loss_scale", "mixup", "cutmix"):
+        if not math.isfinite(value := getattr(fv, name)):
+            raise InputError(f"--{name}: found {value}, expected a finite number")
+    if fv.max_grad_norm <= 0:
+        raise InputError(f"--max_grad_norm: found {fv.max_grad_norm}, expected a number above 0")
+    for name in ("ema", "layer_decay", "label_smoothing", "erasing", "eval_crop", "val_fraction"):
+        if math.isnan(getattr(fv, name)):
+            raise InputError(f"--{name}: found nan, expected a number from 0 to 1")
+    if fv.ema == 1 or fv.layer_decay == 0:
+        raise InputError(
+            f"--ema={fv.ema:g} --layer_decay={fv.layer_decay:g}: expected ema below 1, layer_decay above 0"
+        )
+    if fv.train_batch_size % (parts := fv.gradient_accumulation_steps):
+        raise InputError(
+            f"--train_batch_size: found {fv.train_batch_size}, expected a multiple of "
+            f"--gradient_accumulation_steps={parts}"
+        )
+    if fv.momentum_dtype != "float32" and fv.optimizer != "sgd":
+        raise InputError(f"--momentum_dtype={fv.momentum_dtype} is for --optimizer=sgd; found {fv.optimizer}")
+    for name in ("freeze", "decay_on"):
+        try:
+            re.compile(getattr(fv, name) or "")
+        except re.error as error:
+            raise InputError(f"--{name}: expected a regular expression, found: {error}") from None
+    if fv.randaugment and not (fv.randaugment[0] >= 1 and 0 <= fv.randaugment[1] <= 10):
+        count, magnitude = fv.randaugment
+        raise InputError(f"--randaugment: found {count},{magnitude}, expected at least 1 operation and 0 to 10")
+
+
+def model(fv: FlagValues, own: ViTConfig | None) -> ViTConfig:
+    """The model by the flags, for any dataset; what they leave open is as in the file of weights, or else Google's."""
+    overrides: dict[str, Any] = {"image_size": fv.img_size, "stochastic_depth_rate": fv.stochastic_depth}
+    if own:
+        fields = ["gelu", "layer_norm_eps", "mean", "std", "posemb"]
+        if not fv.model_type.endswith("-gap-norep"):
+            fields.append("classifier")
+        overrides |= {name: getattr(own, name) for name in fields}
+    overrides |= {name: fv[name].value for name in ("gelu", "dropout_rate") if fv[name].value is not None}
+    try:
+        return get_config(fv.model_type, **overrides)
+    except InputError as error:
+        size = "x".join(map(str, fv.img_size)) if isinstance(fv.img_size, tuple) else fv.img_size
+        raise InputError(f"--model_type={fv.model_type} --img_size={size}: {error}") from None
+
+
+def optimizer(fv: FlagValues, config: ViTConfig) -> optim.Optimizer:
+    """The optimizer, with its schedule, weight decay, layer-wise rates, frozen leaves and average."""
+    if fv.decay_type == "cosine":
+        schedule = schedules.warmup_cosine(fv.learning_rate, fv.num_steps, fv.warmup_steps)
+    else:
+        floor = 0.0 if fv.rate_index == "seed" else 1e-5
+        schedule = schedules.warmup_linear(fv.learning_rate, fv.num_steps, fv.warmup_steps, floor)
+    if fv.rate_index == "seed":
+        schedule = schedules.one_ahead(schedule)
+    options: dict[str, Any] = {}
+    decay_on = ".*"
+    if fv.decay_rule == "big_vision":
+        decay_on, peak = ".*/kernel", fv.learning_rate or 1.0
+        options["decay_schedule"] = lambda step: schedule(step) / peak
+    rates = optim.layer_decay(config.num_layers, fv.layer_decay) if fv.layer_decay < 1 else ()
+    rules = optim.Rules(fv.freeze, fv.decay_on if fv.decay_on is not None else decay_on, rates)
+    trained = [rules.trains(path) for path in vit.shapes(config)]
+    if not any(trained) or (fv.freeze and all(trained)):
+        found = "no leaf" if all(trained) else "every leaf"
+        raise InputError(
+            f"--freeze={fv.freeze}: matches {found}; paths are like Transformer/encoderblock_0/..., head/bias"
+        )
+    if fv.optimizer == "sgd":
+        options["momentum_dtype"] = getattr(torch, fv.momentum_dtype)
+    make = optim.sgd if fv.optimizer == "sgd" else optim.adamw
+    made = make(schedule, weight_decay=fv.weight_decay, rules=rules, **options)
+    return optim.with_ema(made, fv.ema) if fv.ema else made
+
+
+def loss(name: str | None, several_labels: bool) -> Loss:
+    """The loss by its flag; softmax does not go with several labels an image."""
+    if name == "softmax" and several_labels:
+        raise InputError("--loss=softmax: the images have several labels, expected sigmoid")
+    return LOSSES[name or ("sigmoid" if several_labels else "softmax")]
+
+
+def augmentation(fv: FlagValues) -> Augmentation:
+    """What is done to training images."""
+    return Augmentation(fv.crop_min, fv.crop, fv.flip, fv.randaugment, fv.erasing, fv.mixup, fv.cutmix)
+
+
+def fit_for_evaluation(fv: FlagValues, config: ViTConfig) -> Callable[[Tensor], Tensor]:
+    """How images become of the model's size to be evaluated; picklable."""
+    if not fv.eval_crop:
+        return partial(resize, size=config.image_hw)
+    return partial(resize_and_crop, size=config.image_hw, fraction=fv.eval_crop, interpolation=fv.eval_interpolation)
+
+
+def for_data(config: ViTConfig, num_classes: int, channels: int) -> ViTConfig:
+    """The model for a dataset's classes and channels."""
+    try:
+        return dataclasses.replace(config, num_classes=num_classes, channels=channels)
+    except InputError as error:
+        raise InputError(f"--channels={channels}: {error}") from None

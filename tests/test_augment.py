@@ -17,6 +17,7 @@ from vitfn import rng
 from vitfn.data.augment import Augmentation, augment, crop, normalise, random_erasing, sample_keys
 from vitfn.data.crops import random_resized_crop
 from vitfn.data.mix import cutmix, mixup
+from vitfn.losses import one_hot
 
 EVERYTHING = Augmentation(randaugment=(2, 9), erasing=0.5, mixup=0.2, cutmix=1.0)
 

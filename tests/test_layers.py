@@ -162,3 +162,34 @@ def test_taps_receive_attention_weights_and_activations():
     assert taps["weights"].shape == (B, 3, N, N)
     torch.testing.assert_close(taps["weights"].sum(-1), torch.ones(B, 3, N, dtype=torch.float64))
     assert taps["activations"].shape == (B, N, 20)
+
+
+# Stochastic depth
+
+FACTORS = torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64)  # (branch, sample)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_block_multiplies_what_each_branch_adds_to_each_sample(fused):
+    params, x = random_params(layers.block_shapes(CONFIG)), random_input(3, N, D)
+    p, y, (f, g) = as_numpy(params), x.numpy(), FACTORS.numpy()[..., None, None]
+    y = y + f * numpy_attention(p["MultiHeadDotProductAttention_1"], numpy_layer_norm(p["LayerNorm_0"], y))
+    y = y + g * numpy_mlp(p["MlpBlock_3"], numpy_layer_norm(p["LayerNorm_2"], y), "tanh")
+    found = layers.block(params, x, CONFIG, fused=fused, branches=FACTORS)
+    np.testing.assert_allclose(found.numpy(), y, rtol=1e-9)
+    assert torch.equal(found[2], x[2])  # both branches dropped: the sample passes through as it is
+
+
+def test_a_dropped_sample_s_gradient_is_the_residual_s_alone():
+    params, x = random_params(layers.block_shapes(CONFIG)), random_input(3, N, D)
+    y, vjp = torch.func.vjp(lambda p, x: layers.block(p, x, CONFIG, branches=FACTORS), params, x)
+    only_last = torch.zeros_like(y)
+    only_last[2] = random_input(N, D)
+    of_params, of_x = vjp(only_last)
+    assert torch.equal(of_x, only_last)
+    assert all((leaf == 0).all() for leaf in tree.leaves(of_params))
+
+
+def test_a_branch_without_factors_is_itself():
+    x = random_input(B, N, D)
+    assert layers.branch(x, None, 0) is x

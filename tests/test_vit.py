@@ -226,3 +226,68 @@ def test_float32_is_as_close_to_float64_as_jax_s_at_full_size(name, limit):
     assert float((vitfn.apply(params, images, config) - exact).abs().max()) < limit
     fused = vit.forward(params, images, config, block=partial(vit.layers.block, fused=True))
     assert float((fused - exact).abs().max()) < limit
+
+
+# Stochastic depth
+
+DEEP = dataclasses.replace(SMALL, num_layers=5, stochastic_depth_rate=0.4)
+
+
+def factors(config: vitfn.ViTConfig, samples: int, seed: int = 0, step: int = 0) -> torch.Tensor:
+    return vit.branch_factors(config, vit.dropout_keys(config, seed, step, torch.arange(samples)))
+
+
+def test_branches_are_dropped_at_rates_that_grow_linearly_with_depth():
+    n = 40_000
+    found = factors(DEEP, n)  # (5, 2, n)
+    assert found.shape == (5, 2, n)
+    for i, rate in enumerate([0.0, 0.1, 0.2, 0.3, 0.4]):
+        kept = torch.tensor(1 / (1 - rate))
+        assert ((found[i] == 0) | torch.isclose(found[i], kept)).all()
+        deviation = math.sqrt(rate * (1 - rate) / n)
+        assert (found[i] == 0).float().mean(-1).sub(rate).abs().max() <= 4 * deviation
+
+
+def test_branches_keep_their_expectation_and_are_independent():
+    found = factors(DEEP, 40_000)[1:].flatten(0, 1).double()  # (8 branches, n)
+    mean, deviation = found.mean(-1), found.std(-1)
+    assert ((mean - 1).abs() < 4 * deviation / math.sqrt(40_000)).all()
+    correlations = torch.corrcoef(found) - torch.eye(8)
+    assert correlations.abs().max() < 5 / math.sqrt(40_000)
+
+
+def test_a_single_block_is_never_dropped():
+    assert (factors(dataclasses.replace(DEEP, num_layers=1, stochastic_depth_rate=0.9), 100) == 1).all()
+
+
+def test_branches_are_a_function_of_seed_step_and_sample():
+    whole = factors(DEEP, 64)
+    places = torch.tensor([5, 63, 0])
+    torch.testing.assert_close(vit.branch_factors(DEEP, vit.dropout_keys(DEEP, 0, 0, places)), whole[..., places])
+    for other in (factors(DEEP, 64, seed=1), factors(DEEP, 64, step=1)):
+        assert 0.4 < ((other == 0) == (whole == 0)).float().mean() < 0.9
+    # nor do the places of dropout's masks, at the same keys, say which branches are dropped
+    keys = vit.dropout_keys(DEEP, 0, 0, torch.arange(40_000))
+    element, branch = rng.uniform(keys[-1, 1]) < 0.4, vit.branch_factors(DEEP, keys)[-1, 0] == 0
+    assert abs(float((element & branch).float().mean()) - 0.4 * 0.4) < 0.01
+
+
+def test_whole_samples_lose_a_block_and_the_others_gain_by_it():
+    """With two blocks the first is never dropped: a sample that loses both branches of the second has one block."""
+    config = dataclasses.replace(SMALL, num_layers=2, stochastic_depth_rate=0.5)
+    params, images = load("token"), torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    logits = vitfn.apply(params, images, config, seed=3, step=7)
+    of_one_block = vitfn.apply(params, images, dataclasses.replace(config, num_layers=1))
+    f = factors(config, 32, seed=3, step=7)[1]  # (2, 32)
+    gone = (f == 0).all(0)
+    assert 2 < int(gone.sum()) < 20
+    torch.testing.assert_close(logits[gone], of_one_block[gone])
+    assert (logits[~gone] - of_one_block[~gone]).abs().amax(-1).min() > 1e-3
+
+
+def test_stochastic_depth_needs_a_seed_and_a_step():
+    params, images = load("token"), nchw(expected("token")["images"])
+    config = dataclasses.replace(SMALL, stochastic_depth_rate=0.9)
+    for options in ({}, {"seed": 0}, {"step": 0}):
+        assert torch.equal(vitfn.apply(params, images, config, **options), vitfn.apply(params, images, SMALL))
+    assert not torch.allclose(vitfn.apply(params, images, config, seed=0, step=0), vitfn.apply(params, images, SMALL))

@@ -173,7 +173,7 @@ class Archive:
 
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_EXACT = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64}
+_EXACT = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 
 
 def _read_into(file, memory: memoryview) -> None:

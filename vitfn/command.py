@@ -33,7 +33,7 @@ def run_command(
     logging.basicConfig(format="vitfn: %(message)s", stream=sys.stderr)
     logging.getLogger("vitfn").setLevel(logging.INFO)
     try:
-        extra = fv(argv)[1:]
+        extra = _parse(fv, argv)
         if fv.help:
             print(sys.modules[command.__module__].__doc__, fv.get_help(include_special_flags=False), sep="\n")
             return 0
@@ -60,3 +60,11 @@ def run_command(
         print("vitfn: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code or 0
+
+
+def _parse(fv: flags.FlagValues, argv: list[str]) -> list[str]:
+    """What is left of `argv` beside the flags."""
+    try:
+        return fv(argv)[1:]
+    except ValueError as error:  # of --noflag=value
+        raise InputError(str(error)) from None

@@ -7,6 +7,7 @@ the confusion matrix.
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from vitfn.step import make_eval_step
 from vitfn.tree import Tree
 
 _WORST = 5  # classes that are printed
+_SHOWN = 300  # characters of class names that an error shows
 
 
 def evaluate(
@@ -57,20 +59,21 @@ def evaluate(
         workers=workers,
         on_bad=on_bad,
     )
-    columns: list[list[Tensor]] = [[], [], [], [], []]
-    names = ("losses", "predicted", "confidence", "top5")
+    found: list[dict[str, Tensor]] = []  # of each batch, on the device
     total = -(-split.size // batch_size)
     for images, labels in tqdm(batches, "evaluating", total, unit="batch", delay=2, leave=False):
-        found = eval_step(params, (normalise(images, config), labels))
-        for column, value in zip(columns, [labels, *(found.get(name) for name in names)], strict=True):
-            if value is not None:
-                column.append(value)  # stays on the device
-    known = [torch.cat(column).cpu() if column else None for column in columns]
-    labels = known[0]
-    real = (labels if labels.ndim == 1 else labels[:, 0]) >= 0
+        found.append({"labels": labels} | eval_step(params, (normalise(images, config), labels)))
+    labels = torch.cat([batch["labels"] for batch in found]).cpu()
+    real: Tensor = torch.ge(labels if labels.ndim == 1 else labels[:, 0], 0)
     if not real.any():
         raise InputError(f"evaluation: found no image that can be read among {split.size:,}, expected at least one")
-    return Predictions(*(None if value is None else value[real] for value in known)), real.nonzero()[:, 0]
+
+    def column(name: str) -> Tensor:
+        return torch.cat([batch[name] for batch in found]).cpu()[real]
+
+    top5 = column("top5") if "top5" in found[0] else None
+    predictions = Predictions(labels[real], column("losses"), column("predicted"), column("confidence"), top5)
+    return predictions, real.nonzero()[:, 0]
 
 
 def main(argv: list[str]) -> int:
@@ -82,9 +85,10 @@ def main(argv: list[str]) -> int:
 def command(fv: FlagValues, model: str) -> None:
     """The command."""
     path, run = _find(model)
-    for name, value in run.items():
-        if name in fv and not fv[name].present and name not in ("help", "flagfile", "out"):
-            fv[name].value = tuple(value) if isinstance(value, list) else value
+    for name in fv:
+        if name in run and not fv[name].present:
+            fv[name].value = run[name]
+    recipe.check_eval_crop(fv)
     described = weights.describe(path)
     row = device.find(fv.device)
     precision = row.precision if fv.precision == "auto" else fv.precision
@@ -97,6 +101,9 @@ def command(fv: FlagValues, model: str) -> None:
         seed=run.get("seed", 42),
     )
     config = described.config
+    if dataset.test.channels != config.channels:
+        found = f"{dataset.test.channels} channels in the images of {fv.dataset}"
+        raise InputError(f"{path}: found {found}, expected the model's {config.channels}")
     split, class_names = _labelled_as(dataset, described.class_names, config, path)
     several = split.labels.ndim == 2
     eval_step = make_eval_step(
@@ -116,7 +123,7 @@ def command(fv: FlagValues, model: str) -> None:
     out = Path(fv.out) if fv.out else Path(model) / "evaluation" if Path(model).is_dir() else None
     if out:
         _write(out, path, fv, measures, predictions, class_names)
-    print("\n".join(f"{name:<22} {value}" for name, value in _summary(path, measures, out).items()))
+    print("\n".join(f"{name:<22} {value}" for name, value in _summary(path, measures, len(class_names), out).items()))
     print("\n".join(_worst(predictions, class_names)))
 
 
@@ -145,7 +152,9 @@ def _labelled_as(
             raise InputError(f"{path}: found {found}, expected the model's {config.num_classes}")
         return split, dataset.class_names
     if unknown := [name for name in dataset.class_names if name not in names]:
-        raise InputError(f"{path}: found the class {unknown[0]!r} in the dataset, expected some of the model's {names}")
+        known = ", ".join(names)
+        expected = f"one of the model's: {known[:_SHOWN]}{', ...' if known[_SHOWN:] else ''}"
+        raise InputError(f"{path}: found the class {unknown[0]!r} in the dataset, expected {expected}")
     if names != dataset.class_names:
         places = torch.tensor([names.index(name) for name in dataset.class_names])
         if split.labels.ndim == 1:
@@ -162,8 +171,9 @@ def _write(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     what = {name: fv[name].value for name in ("dataset", "data_dir", "eval_crop", "eval_interpolation")}
+    numbers = {name: value if math.isfinite(value) else None for name, value in measures.items()}  # JSON has no NaN
     with replacing(out / "evaluation.json") as file:
-        file.write(json.dumps({"model": path, **what, **measures}, indent=2).encode() + b"\n")
+        file.write(json.dumps({"model": path, **what, **numbers}, indent=2).encode() + b"\n")
     metrics.write_per_class_csv(out / "per_class.csv", metrics.per_class(p, class_names))
     if p.multi_label:
         return
@@ -176,15 +186,17 @@ def _write(
         logging.getLogger("vitfn").warning("no pictures: %s", error)
 
 
-def _summary(path: str, measures: dict[str, float], out: Path | None) -> dict[str, str]:
+def _summary(path: str, measures: dict[str, float], num_classes: int, out: Path | None) -> dict[str, str]:
     rows = {
         "model": path,
         "accuracy": f"{measures['accuracy']:.2%} ({measures['correct']:.0f} of {measures['count']:.0f})",
         "loss": f"{measures['loss']:.4f}",
     }
-    for name, format in (("top5", ".2%"), ("calibration_error", ".4f"), ("mean_average_precision", ".4f")):
+    if "top5" in measures and num_classes > 5:
+        rows["top-5 accuracy"] = f"{measures['top5']:.2%}"
+    for name in ("calibration_error", "mean_average_precision"):
         if name in measures:
-            rows[name.replace("_", " ").replace("top5", "top-5 accuracy")] = f"{measures[name]:{format}}"
+            rows[name.replace("_", " ")] = f"{measures[name]:.4f}"
     return rows | ({"files": str(out)} if out else {})
 
 

@@ -18,6 +18,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open(temporary, "rb+") as file:  # which may be another than was yielded, if it was written by name
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk is reported without a name
+            error.filename = os.fspath(path)
         raise

@@ -5,7 +5,8 @@ import math
 import signal
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Job(NamedTuple):
     which leaves are not finite. `utilisation` is the MFU at a number of images per second, or None.
     """
 
-    batches: Callable[[int], Iterator[Batch]]
+    batches: Callable[[int], Generator[Batch, None, None]]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     after_first_step: Callable[[], None]
     evaluate: Callable[[TrainState], dict[str, float]]
@@ -105,8 +106,8 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
     gradients are no longer finite.
     """
     start, snapshots = int(state.step), directory.snapshots
-    earlier = directory.start_at(start)
-    evaluated = any(row["step"] == start and "eval/loss" in row for row in earlier)
+    evaluated = notes.get("evaluated") == start
+    earlier = directory.start_at(start, evaluated)
     latest: dict[str, float] = dict(ChainMap(*reversed(earlier)))
     seconds: list[float] = []  # of each reading, the first of which is the first step alone
     bad = 0  # updates in a row that were skipped, up to now
@@ -116,6 +117,7 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
             metrics = job.evaluate(state)
         directory.log(done, {f"eval/{name}": value for name, value in metrics.items()})
         latest.update({f"eval/{name}": value for name, value in metrics.items()})
+        notes["evaluated"] = done
         if done and metrics["accuracy"] > notes.get("best", {}).get("accuracy", -1.0):
             notes["best"] = {"step": done, "accuracy": metrics["accuracy"]}
             snapshots.submit(job.save_best(state), f"the best weights, of step {done},")
@@ -144,19 +146,25 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
             + ("" if used is None else f", MFU {used:.0%}")
         )
 
-    with Stop() as stop, logging_redirect_tqdm(), tqdm(total=plan.num_steps, initial=start, unit="step") as bar:
+    with (
+        Stop() as stop,
+        logging_redirect_tqdm(),
+        tqdm(total=plan.num_steps, initial=start, unit="step") as bar,
+        closing(job.batches(start)) as batches,
+    ):
         done = start
         try:
             if plan.evaluates(start) and not evaluated:
                 evaluate_now(start)
-            unread, batches = _Unread(), job.batches(start)
+            unread = _Unread()
             bar.set_description("first step")
             for done in range(start + 1, plan.num_steps + 1):
                 batch = next(batches)
                 state, metrics = job.train_step(state, batch)
                 unread.add(metrics, len(batch[0]))
                 snapshots.check()
-                due = plan.evaluates(done) or plan.saves(done) or stop.signal
+                stopping = stop.signal is not None  # once: a signal that comes later finds nothing unread at its break
+                due = plan.evaluates(done) or plan.saves(done) or stopping
                 if due or done == start + 1 or unread.seconds > _READ_EVERY:
                     read(done)
                     unread = _Unread()
@@ -166,7 +174,7 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
                     job.after_first_step()
                     unread = _Unread()
                 bar.update()
-                if stop.signal:
+                if stopping:
                     break
                 if plan.evaluates(done):
                     evaluate_now(done)
@@ -176,7 +184,7 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
                     unread = _Unread()
         except Stopped:
             pass
-        if stop.signal and done:
+        if stop.signal and done > start and not bad:
             snapshots.save(state, notes)
         snapshots.wait()
     if stop.signal:
@@ -196,6 +204,7 @@ def _trailing(rows: list[dict[str, float]]) -> int:
 
 
 def _hopeless(done: int, bad: int, leaves: str, directory: RunDirectory) -> str:
+    directory.snapshots.wait()
     kept = directory.snapshots.files()
     return (
         f"the gradients of the last {bad} updates, {done - bad + 1} to {done}, are not finite: {leaves}; "

@@ -1,8 +1,13 @@
-"""The commands' flags, defined once: each command builds FlagValues of its own from these groups."""
+"""The commands' flags, defined once: each command builds FlagValues of its own from these groups.
+
+python -m vitfn.flags prints the table of vitfn.train's, as it stands in README.md.
+"""
 
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,6 +24,15 @@ from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
 
+class _NumberParser(flags.FloatParser):
+    """absl's lets nan and inf pass its bounds."""
+
+    def convert(self, argument: float | str) -> float:
+        if not math.isfinite(value := float(argument)):
+            raise ValueError("expected a finite number")
+        return value
+
+
 class _Definitions:
     """absl's functions that define a flag, for one FlagValues."""
 
@@ -26,9 +40,13 @@ class _Definitions:
         self.string = partial(flags.DEFINE_string, flag_values=fv)
         self.bool = partial(flags.DEFINE_bool, flag_values=fv)
         self.integer = partial(flags.DEFINE_integer, flag_values=fv)
-        self.float = partial(flags.DEFINE_float, flag_values=fv)
         self.enum = partial(flags.DEFINE_enum, flag_values=fv)
         self.custom = partial(flags.DEFINE, flag_values=fv)
+
+    def float(
+        self, name: str, default: float | None, help: str, lower_bound: float | None = None, upper: float | None = None
+    ) -> None:
+        self.custom(_NumberParser(lower_bound, upper), name, default, help)
 
 
 class _SizeParser(flags.ArgumentParser):
@@ -79,15 +97,9 @@ def data_flags(fv: flags.FlagValues) -> None:
     define.float(
         "val_fraction",
         0.1,
-        "Part of each class that is held out for evaluation, 0 to 1, where a folder or list has no val.",
+        "Part of each class that is held out for evaluation, between 0 and 1, where a folder or list has no val.",
         0,
         1,
-    )
-    define.integer(
-        "channels",
-        3,
-        "Channels that image files are decoded to: 1 grey, 3 RGB, 4 RGBA; another number takes .npy files of it.",
-        lower_bound=1,
     )
     define.integer("num_workers", 2, "Processes that decode image files; 0: this one.", lower_bound=0)
     define.enum(
@@ -100,8 +112,8 @@ def data_flags(fv: flags.FlagValues) -> None:
     define.float(
         "eval_crop",
         0.0,
-        "Evaluate a centre crop of this part of the shorter side, as published accuracies assume (0.875, 0.9); 0: the "
-        "whole image, its sides resized independently, as Google does.",
+        "Evaluate a centre crop of this part of the shorter side, 0.1 to 1, as published accuracies assume (0.875, "
+        "0.9); 0: the whole image, its sides resized independently, as Google does.",
         0,
         1,
     )
@@ -133,11 +145,11 @@ def augment_flags(fv: flags.FlagValues) -> None:
         "RandAugment: operations an image and their magnitude, 0 to 10, as in 2,10 (needs kornia); default: none.",
     )
     define.float("erasing", 0.0, "Probability of erasing a random rectangle of an image, 0 to 1.", 0, 1)
-    define.float("mixup", 0.0, "Alpha of mixup's Beta distribution; 0: off.", lower_bound=0)
+    define.float("mixup", 0.0, "Alpha of mixup's Beta distribution, above 0; 0: off.", lower_bound=0)
     define.float(
         "cutmix",
         0.0,
-        "Alpha of cutmix's Beta distribution; 0: off; with --mixup each takes half of the steps.",
+        "Alpha of cutmix's Beta distribution, above 0; 0: off; with --mixup each takes half of the steps.",
         lower_bound=0,
     )
 
@@ -156,9 +168,19 @@ def model_flags(fv: flags.FlagValues) -> None:
         "vitfn.convert reads; empty: start from random weights.",
     )
     define.custom(_SizeParser(), "img_size", 224, "Size of the model's images, in pixels: one side, or HEIGHTxWIDTH.")
+    define.integer(
+        "channels",
+        3,
+        "Channels that image files are decoded to: 1 grey, 3 RGB, 4 RGBA; another number takes .npy files of it.",
+        lower_bound=1,
+    )
     define.enum("head", "zero", ["zero", "keep"], "Start from a classification head of zeros, or keep the file's.")
     define.float(
-        "dropout_rate", None, "Probability of dropping an activation; default: as published for the model.", 0, 1
+        "dropout_rate",
+        None,
+        "Probability of dropping an activation, 0 to below 1; default: as published for the model.",
+        0,
+        1,
     )
     define.enum("gelu", None, ["tanh", "erf"], "Form of the GELU; default: as in the file of weights, else tanh.")
 
@@ -202,7 +224,7 @@ def run_flags(fv: flags.FlagValues) -> None:
         "Updates between checkpoints, of which there is always one at the end; 0: only then.",
         lower_bound=0,
     )
-    define.integer("keep_checkpoints", 2, "Checkpoints to keep, the newest; the best weights are kept besides.", 1)
+    define.integer("keep_checkpoints", 2, "Newest checkpoints to keep; the best weights are kept besides.", 1)
     define.bool("report", True, "Write report.html at the end (its pictures need matplotlib).")
     define.bool("tensorboard", False, "Write the metrics for TensorBoard too.")
     define.bool("tcap_log", False, "Print a line for each step on stdout as Tecorigin's ModelZoo wants it.")
@@ -217,7 +239,7 @@ def train_flags(fv: flags.FlagValues) -> None:
         "Updates to make; 0: only evaluate, with the file's own head, and save no model.npz.",
         lower_bound=0,
     )
-    define.integer("seed", 42, "Seed of all randomness.")
+    define.integer("seed", 42, "Seed of all randomness, any integer.")
     define.integer(
         "gradient_accumulation_steps",
         1,
@@ -243,7 +265,7 @@ def train_flags(fv: flags.FlagValues) -> None:
 def recipe_flags(fv: flags.FlagValues) -> None:
     define = _Definitions(fv)
     define.enum("optimizer", "sgd", ["sgd", "adamw"], "SGD with momentum 0.9, or AdamW.")
-    define.float("learning_rate", 0.03, "Peak learning rate.", lower_bound=0)
+    define.float("learning_rate", 0.03, "Peak learning rate: the factor of an update, 0 or more.", lower_bound=0)
     define.integer("warmup_steps", 500, "Updates over which the rate rises from 0.", lower_bound=0)
     define.enum(
         "decay_type",
@@ -257,7 +279,7 @@ def recipe_flags(fv: flags.FlagValues) -> None:
         ["google", "seed"],
         "Whether update t, counted from 0, takes the rate at t or, as the seed's, at t + 1.",
     )
-    define.float("weight_decay", 0.0, "Weight decay, a factor; --decay_rule says of what.", lower_bound=0)
+    define.float("weight_decay", 0.0, "Weight decay, a factor, 0 or more; --decay_rule says of what.", lower_bound=0)
     define.enum(
         "decay_rule",
         "torch",
@@ -271,18 +293,23 @@ def recipe_flags(fv: flags.FlagValues) -> None:
         "Regular expression over whole path names: what decays; default: everything, with --decay_rule=big_vision "
         "'.*/kernel'.",
     )
-    define.float("max_grad_norm", 1.0, "Global norm that gradients are clipped to.")
+    define.float("max_grad_norm", 1.0, "Global norm that gradients are clipped to, above 0.")
     define.enum(
         "momentum_dtype", "float32", ["float32", "bfloat16"], "How sgd stores its momentum; Google's is bfloat16."
     )
-    define.float("layer_decay", 1.0, "Factor of the learning rate for each layer below the head, 0 to 1.", 0, 1)
+    define.float(
+        "layer_decay", 1.0, "Factor of the learning rate for each layer below the head, above 0 to 1; 1: none.", 0, 1
+    )
     define.string(
-        "freeze", "", "Regular expression over whole path names: what is not trained; '(?!head/).*' is linear probing."
+        "freeze",
+        "",
+        "Regular expression over whole path names: what is not trained; '(?!head/).*' is linear probing; default: "
+        "nothing.",
     )
     define.float(
         "ema",
         0.0,
-        "Decay of an average of the weights, which is what is then evaluated and saved, 0 to 1; 0: none.",
+        "Decay of an average of the weights, which is what is then evaluated and saved, 0 to below 1; 0: none.",
         0,
         1,
     )
@@ -291,7 +318,7 @@ def recipe_flags(fv: flags.FlagValues) -> None:
     define.float(
         "stochastic_depth",
         0.0,
-        "Probability of dropping a branch of the last block, falling linearly to 0 at the first.",
+        "Probability of dropping a branch of the last block, 0 to below 1, falling linearly to 0 at the first.",
         0,
         1,
     )
@@ -316,18 +343,23 @@ def convert_flags(fv: flags.FlagValues) -> None:
         _SizeParser(),
         "img_size",
         None,
-        "Resize the positions to images of this size in pixels: one side, or HEIGHTxWIDTH.",
+        "Resize the positions to images of this size in pixels: one side, or HEIGHTxWIDTH; default: as they are.",
     )
     define.integer(
-        "num_classes", None, "Replace a head of another number of classes by zeros; 0: write no head.", lower_bound=0
+        "num_classes",
+        None,
+        "Replace a head of another number of classes by zeros; 0: write no head; default: keep it.",
+        lower_bound=0,
     )
     define.enum("pre_logits", "keep", ["keep", "drop"], "What to do with a pre_logits layer.")
-    define.integer("channels", None, "Adapt the first layer to so many input channels.", lower_bound=1)
+    define.integer(
+        "channels", None, "Adapt the first layer to so many input channels; default: as it is.", lower_bound=1
+    )
 
 
 def compare_flags(fv: flags.FlagValues) -> None:
     define = _Definitions(fv)
-    define.string("plot", "", "Draw the curves to this file, whose suffix names the format.")
+    define.string("plot", "", "Draw the curves to this file, whose suffix names the format; default: none.")
     define.float(
         "limit",
         0.01,
@@ -346,6 +378,23 @@ def assume_flags(fv: flags.FlagValues) -> None:
     )
 
 
+def table(groups: Iterable[Callable[[flags.FlagValues], None]]) -> str:
+    """The flags of some groups in their order, as a Markdown table: name, default and meaning."""
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for group in groups:
+        group(fv := flags.FlagValues())
+        for name in fv:
+            default = fv[name].default_as_str
+            shown = f"`{default[1:-1]}`" if default and default != "''" else ""
+            rows.append(f"| `--{name}` | {shown} | {_escaped(fv[name].help)} |")
+    return "\n".join(rows)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in a cell of a table."""
+    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", text)
+
+
 def parse_assumed(assumed: str) -> dict[str, Any]:
     """'num_heads=3,gelu=tanh' -> fields of a ViTConfig."""
     known = {field.name for field in dataclasses.fields(ViTConfig)} - {"resnet", "name"}
@@ -359,3 +408,9 @@ def parse_assumed(assumed: str) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
+
+
+if __name__ == "__main__":
+    from vitfn.train import GROUPS
+
+    print(table(GROUPS))

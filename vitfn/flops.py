@@ -15,6 +15,8 @@ def forward_flops(config: ViTConfig) -> int:
     inputs = config.patch_size**2 * (config.resnet.features if config.resnet else config.channels)
     block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D
     head = (config.representation_size or D) * config.num_classes + D * (config.representation_size or 0)
+    if config.classifier == "map":  # keys and values of all tokens, one query
+        head += 2 * N * D * D + 2 * N * D + 2 * D * D + 2 * D * M
     return 2 * (rows * columns * inputs * D + config.num_layers * block + head)
 
 

@@ -80,14 +80,24 @@ class Optimizer(NamedTuple):
 
 
 def clip_by_global_norm(grads: Tree, norm: Tensor, max_norm: float) -> Tree:
-    """The gradients scaled, in place, to a global norm of at most `max_norm` (Pascanu et al., arXiv 1211.5063)."""
-    torch._foreach_mul_(tree.leaves(grads), torch.where(norm < max_norm, 1.0, max_norm / norm))
-    return grads
+    """The gradients scaled to a global norm of at most `max_norm` (Pascanu et al., arXiv 1211.5063).
+
+    In memory of their own, so that an update may write to them: of one image, the class token's gradient is a view of
+    its position's.
+    """
+    flat = tree.flatten(grads)
+    scaled = torch._foreach_mul(list(flat.values()), torch.where(norm < max_norm, 1.0, max_norm / norm))
+    return tree.unflatten(dict(zip(flat, scaled, strict=True)))
 
 
 def trained(params: Tree, rules: Rules) -> Tree:
     """The leaves that are trained."""
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if rules.trains(path)})
+
+
+def _at(paths: list[str], params: Tree) -> list[Tensor]:
+    flat = tree.flatten(params)
+    return [flat[path] for path in paths]
 
 
 def _prepare(
@@ -152,7 +162,7 @@ def sgd(
     def update(grads, opt_state, params, step, *, finite=None, donate=False):
         grads, opt_state, params = _prepare(grads, opt_state, params, finite, donate)
         paths, g, stored = list(tree.flatten(grads)), tree.leaves(grads), tree.leaves(opt_state["momentum"])
-        p = [tree.flatten(params)[path] for path in paths]
+        p = _at(paths, params)
         m = stored if momentum_dtype == torch.float32 else [leaf.float() for leaf in stored]
         if weight_decay and not decay_schedule and (decayed := descend.decayed(paths, p)):
             penalty = torch._foreach_mul(decayed, _unless(finite, weight_decay, 0.0))
@@ -194,7 +204,7 @@ def adamw(
         grads, opt_state, params = _prepare(grads, opt_state, params, finite, donate)
         count, mu, nu = opt_state["count"], tree.leaves(opt_state["mu"]), tree.leaves(opt_state["nu"])
         paths, g = list(tree.flatten(grads)), tree.leaves(grads)
-        p = [tree.flatten(params)[path] for path in paths]
+        p = _at(paths, params)
         count += 1 if finite is None else finite.to(count.dtype)
         t = count.clamp(min=1)  # a first update that is skipped divides by 1 - b^1, and its rate is 0
         torch._foreach_mul_(mu, _unless(finite, b1, 1.0))
@@ -226,12 +236,11 @@ def with_ema(optimizer: Optimizer, decay: float) -> Optimizer:
 
     def update(grads, opt_state, params, step, *, finite=None, donate=False):
         params, opt_state = optimizer.update(grads, opt_state, params, step, finite=finite, donate=donate)
-        average = tree.flatten(opt_state["ema"])
-        t = as_float(step)
-        weight = _unless(finite, 1 - ((1 + t) / (10 + t)).clamp(max=decay), 0.0)
-        moves = torch._foreach_sub([tree.flatten(params)[path] for path in average], list(average.values()))
+        paths, average = list(tree.flatten(opt_state["ema"])), tree.leaves(opt_state["ema"])
+        weight = _unless(finite, (9 / (10 + as_float(step))).clamp(min=1 - decay), 0.0)  # 1 - d
+        moves = torch._foreach_sub(_at(paths, params), average)
         torch._foreach_mul_(moves, weight)
-        torch._foreach_add_(list(average.values()), moves)
+        torch._foreach_add_(average, moves)
         return params, opt_state
 
     return Optimizer(init, update, optimizer.schedule, optimizer.rules)

@@ -1,7 +1,6 @@
 """From flags to what the library takes: the model, the optimizer, the loss, the augmentation, the evaluation's crop."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from vitfn.data.crops import resize, resize_and_crop
 from vitfn.errors import InputError
 from vitfn.losses import LOSSES, Loss
 
+_PATHS = "Transformer/encoderblock_0/..., head/bias"
 _OPT_LEVELS = re.compile(r"[O0][0-3]")  # Apex's; the seed's command line has a zero for the letter
 
 
@@ -33,18 +33,14 @@ def check(fv: FlagValues) -> None:
         raise InputError(f"--loss_scale={fv.loss_scale:g} scales nothing: expected --precision=float16 with it")
     if fv.local_rank not in (-1, 0):
         raise InputError(f"--local_rank: found {fv.local_rank}, which is not built yet; expected -1 or 0")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "crop_min", "loss_scale", "mixup", "cutmix"):
-        if not math.isfinite(value := getattr(fv, name)):
-            raise InputError(f"--{name}: found {value}, expected a finite number")
-    if fv.max_grad_norm <= 0:
-        raise InputError(f"--max_grad_norm: found {fv.max_grad_norm}, expected a number above 0")
-    for name in ("ema", "layer_decay", "label_smoothing", "erasing", "eval_crop", "val_fraction"):
-        if math.isnan(getattr(fv, name)):
-            raise InputError(f"--{name}: found nan, expected a number from 0 to 1")
-    if fv.ema == 1 or fv.layer_decay == 0:
-        raise InputError(
-            f"--ema={fv.ema:g} --layer_decay={fv.layer_decay:g}: expected ema below 1, layer_decay above 0"
-        )
+    for name in ("max_grad_norm", "layer_decay"):
+        if (value := getattr(fv, name)) <= 0:
+            raise InputError(f"--{name}: found {value}, expected a number above 0")
+    if fv.ema == 1:
+        raise InputError("--ema: found 1, which keeps the weights of the start; expected a number below 1")
+    if fv.channels != 3 and fv.dataset not in ("folder", "list"):
+        raise InputError(f"--channels={fv.channels} is for --dataset=folder or list; found {fv.dataset}, which has 3")
+    check_eval_crop(fv)
     if fv.train_batch_size % (parts := fv.gradient_accumulation_steps):
         raise InputError(
             f"--train_batch_size: found {fv.train_batch_size}, expected a multiple of "
@@ -54,12 +50,20 @@ def check(fv: FlagValues) -> None:
         raise InputError(f"--momentum_dtype={fv.momentum_dtype} is for --optimizer=sgd; found {fv.optimizer}")
     for name in ("freeze", "decay_on"):
         try:
-            re.compile(getattr(fv, name) or "")
+            re.compile(pattern := getattr(fv, name) or "")
         except re.error as error:
-            raise InputError(f"--{name}: expected a regular expression, found: {error}") from None
+            raise InputError(f"--{name}={pattern}: expected a regular expression, found: {error}") from None
     if fv.randaugment and not (fv.randaugment[0] >= 1 and 0 <= fv.randaugment[1] <= 10):
         count, magnitude = fv.randaugment
         raise InputError(f"--randaugment: found {count},{magnitude}, expected at least 1 operation and 0 to 10")
+
+
+def check_eval_crop(fv: FlagValues) -> None:
+    """Raises InputError for flags of the evaluation's crop that mean nothing, or a picture without bounds."""
+    if 0 < fv.eval_crop < 0.1:
+        raise InputError(f"--eval_crop: found {fv.eval_crop}, expected 0, or a part from 0.1 to 1")
+    if fv.eval_interpolation != "bilinear" and not fv.eval_crop:
+        raise InputError(f"--eval_interpolation={fv.eval_interpolation} resizes for a crop: expected --eval_crop too")
 
 
 def model(fv: FlagValues, own: ViTConfig | None) -> ViTConfig:
@@ -97,8 +101,10 @@ def optimizer(fv: FlagValues, config: ViTConfig) -> optim.Optimizer:
     trained = [rules.trains(path) for path in vit.shapes(config)]
     if not any(trained) or (fv.freeze and all(trained)):
         found = "no leaf" if all(trained) else "every leaf"
+        raise InputError(f"--freeze={fv.freeze}: matches {found} as a whole, expected some; paths are like {_PATHS}")
+    if fv.decay_on is not None and not any(map(rules.decays, vit.shapes(config))):
         raise InputError(
-            f"--freeze={fv.freeze}: matches {found}; paths are like Transformer/encoderblock_0/..., head/bias"
+            f"--decay_on={fv.decay_on}: matches no leaf as a whole, expected some; paths are like {_PATHS}"
         )
     if fv.optimizer == "sgd":
         options["momentum_dtype"] = getattr(torch, fv.momentum_dtype)

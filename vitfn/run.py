@@ -1,5 +1,6 @@
 """A run's directory: config.json, metrics.jsonl, checkpoints and the weights."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ class RunDirectory:
     def __init__(self, output_dir: str, name: str, *, resume: bool = False, keep: int = 2, tensorboard: bool = False):
         self.path = Path(output_dir) / name
         self.model_path, self.best_path = self.path / "model.npz", self.path / "best.npz"
+        self.report_path = self.path / "report.html"
         self.snapshots = Snapshots(self.path / "checkpoints", keep)
         self._summary_writer = _summary_writer() if tensorboard else None
         self._metrics: Any = None
@@ -30,17 +32,29 @@ class RunDirectory:
             )
 
     def __enter__(self) -> "RunDirectory":
-        self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob("**/.*.tmp"):  # of a writer that was killed
-            leftover.unlink()
-        (self.path / "metrics.jsonl").touch()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob("**/.*.tmp"):  # of a writer that was killed
+                leftover.unlink()
+            (self.path / "metrics.jsonl").touch()
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"--output_dir, --name: {self.path}: found a file, expected a folder") from None
+        except OSError as error:
+            raise self._unwritable(error) from None
         return self
 
-    def __exit__(self, *_) -> None:
-        self.snapshots.close()
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not KeyboardInterrupt:
+            self.snapshots.close()
         for file in (self._metrics, self._writer):
             if file:
-                file.close()
+                with contextlib.suppress(OSError):  # a full disk, which the write before has reported
+                    file.close()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(f"{error.filename or self.path}: {error.strerror}; make room or give access, then --resume")
 
     def read_config(self) -> dict[str, Any] | None:
         """config.json; None where there is none."""
@@ -66,9 +80,12 @@ class RunDirectory:
                 break
         return rows
 
-    def start_at(self, step: int) -> list[dict[str, Any]]:
-        """Begins to log after `step` updates; what was logged of later ones is forgotten. Returns what is left."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+    def start_at(self, step: int, evaluated: bool = False) -> list[dict[str, Any]]:
+        """Begins to log after `step` updates, whether `evaluated` or not yet; returns what was logged up to there.
+
+        What was logged of later ones is forgotten.
+        """
+        kept = [row for row in self.rows() if (row["step"], "eval/loss" in row) <= (step, evaluated)]
         with replacing(self.path / "metrics.jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115, closed on leaving the context
@@ -79,11 +96,8 @@ class RunDirectory:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, after `step` updates."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
-        try:
-            self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise RunError(f"{self.path / 'metrics.jsonl'}: {error.strerror}; make room, then --resume") from None
+        self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._metrics.flush()
         if self._writer:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)

@@ -16,7 +16,7 @@ _GROWTH_INTERVAL = 2000  # good updates after which the scale is doubled
 def init(device: torch.device, scale: float = 0.0) -> Tree:
     """{"scale", "good"}: the scale, 65536 unless given, and the good updates since it last changed."""
     return {
-        "scale": torch.full((), scale or _FIRST, device=device),
+        "scale": torch.full((), scale or _FIRST, dtype=torch.float32, device=device),
         "good": torch.zeros((), dtype=torch.int64, device=device),
     }
 

@@ -21,12 +21,8 @@ def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> Sched
     """
 
     def schedule(step: Tensor) -> Tensor:
-        return (
-            peak
-            * 0.5
-            * (1 + torch.cos(math.pi * _progress(step, total_steps, warmup_steps)))
-            * _warmup(step, warmup_steps)
-        )
+        cosine = 0.5 * (1 + torch.cos(math.pi * _progress(step, total_steps, warmup_steps)))
+        return peak * cosine * _warmup(step, warmup_steps)
 
     return schedule
 

@@ -32,6 +32,7 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = self.signal or number
         if self._at_once:
+            self._at_once = False  # else a second signal would tear what the first unwinds
             raise Stopped
 
     @contextlib.contextmanager

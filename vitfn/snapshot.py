@@ -1,10 +1,13 @@
 """A training state on disk: written whole in the background, verified when it is read, the last few kept."""
 
+import concurrent.futures
+import copy
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ def _fields(state: TrainState) -> Tree:
 
 
 def write(path: Path, fields: Tree, notes: dict[str, Any]) -> None:
-    """The fields of a state, each array in its own dtype and with a CRC, and the notes as the archive's comment."""
-    write_archive(path, tree.flatten(fields).items(), json.dumps(notes).encode(), exact=True)
+    """The fields of a state, each array in its own dtype, and `notes`, which are JSON; each has a CRC."""
+    text = torch.frombuffer(bytearray(json.dumps(notes).encode()), dtype=torch.uint8)
+    write_archive(path, (tree.flatten(fields) | {"notes": text}).items(), exact=True)
 
 
 def read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -38,29 +42,28 @@ def read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         wanted = tree.flatten(_fields(like))
         if any(name.startswith("scaling/") for name in archive.shapes) and not like.scaling:
             wanted |= tree.flatten({"scaling": scaling.init(like.step.device)})
-        if archive.shapes.keys() != wanted.keys():
-            raise InputError(f"{path}: found the state of another model or optimizer")
+        if others := sorted(archive.shapes.keys() ^ (wanted.keys() | {"notes"})):
+            raise InputError(f"{path}: found the state of another model or optimizer: they differ in {others[0]}, ...")
         flat = {}
         for name, leaf in wanted.items():
             found = archive.read_exactly(name)
             if (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
-                raise InputError(f"{path}: {name}: found {tuple(found.shape)}, expected {tuple(leaf.shape)}")
+                found_is, leaf_is = (f"{tuple(x.shape)} of {str(x.dtype)[6:]}" for x in (found, leaf))
+                raise InputError(f"{path}: {name}: found {found_is}, expected {leaf_is}")
             flat[name] = found.to(leaf.device)
-        try:
-            return TrainState(**tree.unflatten(flat)), json.loads(archive.comment)
-        except ValueError:
-            raise InputError(f"{path}: found notes that are not JSON") from None
+        fields: Tree = {"opt_state": {}} | tree.unflatten(flat)  # an optimizer without state leaves no leaf
+        return TrainState(**fields), json.loads(archive.read_exactly("notes").numpy().tobytes())
 
 
 class Snapshots:
     """The snapshots of a run, `<folder>/step_<number>.npz`: at most `keep`, and one being written.
 
-    Writing happens in a thread, on copies on the CPU, so that training goes on; a failure shows at the next call.
+    Writing happens in threads, one after the other, on copies on the CPU, so that training goes on; a failure shows at
+    the next call.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self._keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, "snapshots")
         self._pending: list[Future] = []
 
     def files(self) -> list[Path]:
@@ -69,45 +72,53 @@ class Snapshots:
         return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
 
     def latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole snapshot and its notes; None where there is none. Raises RunError if all are damaged."""
+        """The newest snapshot that can be read, and its notes; None where none are. Raises RunError if none can."""
         for path in (files := self.files()):
             try:
                 return read(path, like)
             except InputError as error:
                 log.warning("DAMAGED CHECKPOINT: %s", error)
         if files:
-            raise RunError(f"{self.folder}: found {len(files)} checkpoints, all damaged; remove the run to start over")
+            found = f"{len(files)} checkpoints, none of which can be read"
+            raise RunError(f"{self.folder}: found {found}; remove the run to start over")
         return None
 
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
-        """Writes the state, in the background; waits for the one before."""
+        """Writes the state as it is now, in the background."""
+        self.wait(1)
         path = self.folder / f"step_{int(state.step):08d}.npz"
         fields = tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), _fields(state))
+        notes = copy.deepcopy(notes)
 
         def write_and_prune() -> None:
             self.folder.mkdir(exist_ok=True)
             write(path, fields, notes)
-            for old in self.files()[self._keep :]:
+            files = self.files()
+            place = files.index(path)
+            for old in files[:place] + files[place + self._keep :]:  # newer ones were damaged when the run went on
                 old.unlink()
 
         self.submit(write_and_prune, f"the checkpoint of step {int(state.step)}")
 
     def submit(self, function: Callable[[], None], what: str) -> None:
-        """Runs a function that writes a file in the thread, after what it has to do already; at most two wait there."""
-        while len(self._pending) > 1:
-            self._pending.pop(0).result()
+        """Runs a function that writes a file, in the background, after those before it, of which at most one waits."""
+        self.wait(1)
+        before, future = self._pending[-1:], Future[None]()
 
         def run() -> None:
+            concurrent.futures.wait(before)
             try:
                 function()
+                future.set_result(None)
             except OSError as error:
-                kept = self.files()
-                rest = (
-                    f"the checkpoint {kept[0]} is intact: make room, then go on with --resume" if kept else "none was"
-                )
-                raise RunError(f"{what} could not be written ({error}); {rest}") from None
+                kept = f"the checkpoint {files[0]} is intact" if (files := self.files()) else "there is none before it"
+                reason = f"{what} could not be written ({error.strerror or error}); {kept}"
+                future.set_exception(RunError(f"{reason}: make room or give access, then --resume"))
+            except BaseException as error:
+                future.set_exception(error)
 
-        self._pending.append(self._thread.submit(run))
+        self._pending.append(future)
+        threading.Thread(target=run, name="snapshots", daemon=True).start()  # daemon: who interrupts does not wait
 
     def check(self) -> None:
         """Raises RunError if what was written in the meantime failed."""
@@ -115,13 +126,14 @@ class Snapshots:
             self._pending.remove(future)
             future.result()
 
-    def wait(self) -> None:
-        """Until all is written."""
-        while self._pending:
+    def wait(self, pending: int = 0) -> None:
+        """Until all but so many are written."""
+        while len(self._pending) > pending:
             self._pending.pop(0).result()
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """Until all is written, or has failed."""
+        concurrent.futures.wait(self._pending)
 
 
 def on_cpu(params: Tree) -> Tree:

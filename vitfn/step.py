@@ -139,8 +139,7 @@ def make_train_step(
         def finish(grads, value, step, params, opt_state, scales):
             with torch.no_grad():
                 if scales:
-                    torch._foreach_mul_(tree.leaves(grads), 1 / scales["scale"])
-                    value = value / scales["scale"]
+                    grads, value = tree.map(lambda leaf: leaf / scales["scale"], grads), value / scales["scale"]
                 norm = tree.norm(grads)
                 finite = norm.isfinite()
                 metrics = {"loss": value, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
@@ -155,8 +154,7 @@ def make_train_step(
             grads, value = gradients(params, scales, *parts[0])
             for part in parts[1:]:
                 more, more_value = gradients(params, scales, *part)
-                torch._foreach_add_(tree.leaves(grads), tree.leaves(more))
-                value = value + more_value
+                grads, value = tree.map(torch.add, grads, more), value + more_value  # not in place: leaves may overlap
             return finish(grads, value, step, params, opt_state, scales)
 
         if form == "step" and accumulation_steps == 1:
@@ -170,8 +168,7 @@ def make_train_step(
                 raise InputError(f"images: found {len(images)}, expected a multiple of {accumulation_steps=}")
             own = torch.Tensor.detach if donate else lambda leaf: leaf.detach().clone()
             params, opt_state = tree.map(own, params), tree.map(own, opt_state)
-            if precision == "float16":
-                scales = scales or scaling.init(step.device, loss_scale)
+            scales = (scales or scaling.init(step.device, loss_scale)) if precision == "float16" else None
             places = torch.arange(len(images), device=images.device).chunk(accumulation_steps)
             keys = [dropout_keys(config, seed, step, place) if drops else None for place in places]
             parts = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), keys, strict=True))

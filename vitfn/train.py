@@ -6,7 +6,7 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from absl.flags import FlagValues
 
-from vitfn import __version__, device, flags, flops, losses, optim, recipe, report, snapshot, tree, vit, weights
+from vitfn import __version__, device, flags, flops, losses, optim, recipe, snapshot, summary, tree, vit, weights
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
-from vitfn.data import Dataset, Files, load
+from vitfn.data import Files, Split, load
 from vitfn.data.augment import augment, crop
 from vitfn.data.batches import training_batches
-from vitfn.data.images import decode
 from vitfn.errors import InputError
 from vitfn.evaluate import evaluate
-from vitfn.fit import Job, Outcome, Plan, fit
-from vitfn.metrics import Predictions, measures
+from vitfn.fit import Job, Plan, fit
+from vitfn.metrics import measures
 from vitfn.run import RunDirectory
 from vitfn.step import PRECISIONS, Batch, TrainState, grad_and_value, make_eval_step, make_train_step
 from vitfn.tree import Tree
@@ -42,7 +41,6 @@ GROUPS = (
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
          "checkpoint_every", "report", "tensorboard", "tcap_log")  # fmt: skip
 _NAMED = 3  # leaves that an error names
-_SAMPLES = 24  # images in the report
 log = logging.getLogger("vitfn")
 
 
@@ -91,23 +89,10 @@ def train(fv: FlagValues) -> int:
     )
     eval_step = make_eval_step(config, precision=precision, compile=fv.compile, loss=loss)
     training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
-    augmentation = recipe.augmentation(fv)
+    state, parameters = TrainState(0, params, optimizer.init(params)), tree.size(params)
+    notes: dict[str, Any] = {}  # what a checkpoint knows beside the state
+    del params  # the state has them, until it is donated
     predictions: list[Any] = []  # the last evaluation's, and where its images are
-
-    def batches(start: int) -> Iterator[Batch]:
-        cropped = training_batches(
-            training,
-            partial(crop, config_size=config.image_hw, augmentation=augmentation),
-            batch_size=fv.train_batch_size,
-            seed=fv.seed,
-            start=start,
-            stop=fv.num_steps,
-            device=row.name,
-            workers=fv.num_workers,
-            on_bad=fv.bad_images,
-        )
-        for step, (images, labels) in enumerate(cropped, start):
-            yield augment(images, labels, config, seed=fv.seed, step=step, augmentation=augmentation)
 
     def after_first_step() -> None:
         nonlocal eval_step  # in the form that works, so that one that fails is tried and reported once
@@ -137,9 +122,9 @@ def train(fv: FlagValues) -> int:
         directory.write_config(
             settings
             | {
-                "command": shlex.join(sys.argv),
+                "command": shlex.join(["python", "-m", "vitfn.train", *sys.argv[1:]]),
                 "changed": {name: value for name, value in settings.items() if value != fv[name].default},
-                "model": dataclasses.asdict(config) | {"parameters": tree.size(params)},
+                "model": dataclasses.asdict(config) | {"parameters": parameters},
                 "resolved": {"device": row.name, "precision": precision, "compile": compiled},
                 "versions": {"vitfn": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
@@ -147,13 +132,13 @@ def train(fv: FlagValues) -> int:
 
     _warn(fv, described)
     with directory:
-        state, notes = TrainState(0, params, optimizer.init(params)), {}
         if saved := directory.snapshots.latest(state) if fv.resume else None:
             state, notes = saved
             log.info("going on after step %d", int(state.step))
-        describe_run()
+        if not (finished := int(state.step) == fv.num_steps > 0):
+            describe_run()
         job = Job(
-            batches,
+            partial(_batches, fv, training, config, row.name),
             train_step,
             after_first_step,
             evaluate_now,
@@ -166,26 +151,37 @@ def train(fv: FlagValues) -> int:
         outcome = fit(directory, job, state, notes, plan)
         if outcome.stopped:
             return 128 + outcome.stopped
-        describe_run()
+        if not finished:
+            describe_run()
         final = optim.averaged(outcome.state.params, outcome.state.opt_state)
         if fv.num_steps:
             weights.save_npz(directory.model_path, final, config, dataset.class_names)
+        if fv.report and not predictions and not directory.report_path.exists():  # killed before it was written
+            evaluate_now(outcome.state)
         if fv.report and predictions:
-            samples = _samples(*predictions, dataset)
-            rows, written = directory.rows(), directory.read_config()
-            report.write(
-                directory.path / "report.html",
-                command=shlex.join(sys.argv),
-                config=written or {},
-                rows=rows,
-                predictions=predictions[0],
-                class_names=dataset.class_names,
-                samples=samples,
-            )
-    _print_summary(
-        fv, config, dataset, directory, outcome, f"{row.name}, {precision}, compile={train_step.form or eval_step.form}"
-    )
+            summary.write_report(directory, dataset, *predictions)
+    print(summary.table(directory, dataset, outcome))
     return 0
+
+
+def _batches(
+    fv: FlagValues, split: Split | Files, config: ViTConfig, where: str, start: int
+) -> Generator[Batch, None, None]:
+    """The augmented batches of the updates numbered from `start`."""
+    augmentation = recipe.augmentation(fv)
+    cropped = training_batches(
+        split,
+        partial(crop, config_size=config.image_hw, augmentation=augmentation),
+        batch_size=fv.train_batch_size,
+        seed=fv.seed,
+        start=start,
+        stop=fv.num_steps,
+        device=where,
+        workers=fv.num_workers,
+        on_bad=fv.bad_images,
+    )
+    for step, (images, labels) in enumerate(cropped, start):
+        yield augment(images, labels, config, seed=fv.seed, step=step, augmentation=augmentation)
 
 
 def _check_unchanged(directory: RunDirectory, settings: dict[str, Any]) -> None:
@@ -231,10 +227,10 @@ def _utilisation(config: ViTConfig, optimizer: optim.Optimizer, where: str, prec
 
 
 def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Loss) -> str:
-    """Which leaves are not finite: parameters, or their gradients in float32, eagerly."""
+    """Which leaves are not finite, or too large for a norm: parameters, or their gradients in float32, eagerly."""
 
     def named(leaves: Tree, what: str) -> str:
-        bad = [path for path, leaf in tree.flatten(leaves).items() if not leaf.isfinite().all()]
+        bad = [path for path, leaf in tree.flatten(leaves).items() if not torch.linalg.vector_norm(leaf).isfinite()]
         return (
             f"{what} of {', '.join(bad[:_NAMED])}" + (f" and {len(bad) - _NAMED} more" if bad[_NAMED:] else "")
             if bad
@@ -244,51 +240,6 @@ def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Lo
     images, labels = batch
     grads, _ = grad_and_value(lambda params: loss(vit.apply(params, images, config), labels).mean())(state.params)
     return named(state.params, "parameters") or named(grads, "gradients") or "in float32 they are"
-
-
-def _samples(p: Predictions, places: torch.Tensor, dataset: Dataset) -> list[report.Sample]:
-    """Images for the report: the surest mistakes, and as many of the others, evenly over the split."""
-    if p.multi_label:
-        return []
-    wrong = (~p.right).nonzero()[:, 0]
-    wrong = wrong[p.confidence[wrong].argsort(descending=True)][: _SAMPLES // 2].tolist()
-    right = p.right.nonzero()[:, 0].tolist()
-    chosen = wrong + right[:: max(1, len(right) // (_SAMPLES // 2))][: _SAMPLES - len(wrong)]
-    test, names = dataset.test, dataset.class_names
-
-    def image(i: int) -> torch.Tensor:
-        return decode(test.paths[i], test.channels) if isinstance(test, Files) else test.images[i]
-
-    return [
-        report.Sample(image(int(places[i])), names[p.labels[i]], names[p.predicted[i]], float(p.confidence[i]))
-        for i in chosen
-    ]
-
-
-def _print_summary(
-    fv: FlagValues, config: ViTConfig, dataset: Dataset, directory: RunDirectory, outcome: Outcome, how: str
-) -> None:
-    metrics = outcome.metrics
-    start = fv.pretrained_dir or "random weights"
-    rows = {
-        "model": f"{config.name}, {tree.size(outcome.state.params):,} parameters, from {start}",
-        "data": f"{fv.dataset}, {dataset.train.size:,} training and {dataset.test.size:,} test images",
-        "device": how,
-    }
-    if outcome.updates:
-        others = (outcome.updates - 1) * fv.train_batch_size / outcome.other_seconds if outcome.updates > 1 else 0
-        rows["steps"] = (
-            f"{outcome.updates:,} of {fv.train_batch_size} images; the first took {outcome.first_seconds:.1f} s, "
-            f"the others {outcome.other_seconds:.1f} s ({others:.1f} images/s)"
-        )
-        rows["train loss"] = f"{metrics['train/loss']:.4f}"
-    rows["test loss"] = f"{metrics['eval/loss']:.4f}"
-    rows["test accuracy"] = (
-        f"{metrics['eval/accuracy']:.2%} ({metrics['eval/correct']:.0f} of {metrics['eval/count']:.0f})"
-    )
-    rows["files"] = str(directory.path)
-    for name, value in rows.items():
-        print(f"{name:<14} {value}")
 
 
 if __name__ == "__main__":

@@ -265,6 +265,17 @@ def test_a_file_is_evaluated_and_leaves_nothing_behind(world, command):
     assert {path.name for path in world.iterdir()} == {"data", "model.npz"}
 
 
+def test_the_other_images_are_evaluated_where_they_are_asked_for(world, command):
+    """Without a split of its own, a folder of classes is evaluated whole by --split=all."""
+    bare = "--data_dir=data/val"
+    counts = {
+        split: command("model.npz", *FOLDER, bare, f"--split={split}")[1]["accuracy"] for split in ("all", "train")
+    }
+    right, total = re.fullmatch(r".* \((\d+) of (\d+)\)", counts["all"]).groups()
+    assert (int(right), int(total)) == (int((answers(world, None).argmax(-1) == TRUE).sum()), len(TRUE))
+    assert int(re.fullmatch(r".* of (\d+)\)", counts["train"])[1]) < len(TRUE)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_centre_crop_is_pil_s(world, command, interpolation):
     filter = Image.Resampling[interpolation.upper()]

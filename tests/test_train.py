@@ -127,7 +127,6 @@ def refusal(capsys):
         ("--name=", ["--name", "none"]),
         ("--name=../elsewhere", ["--name", "../elsewhere", "--output_dir"]),
         ("--crop_min=nan", ["--crop_min", "nan"]),
-        ("--eval_batch_size=360", ["--eval_batch_size", "360", "359"]),
         ("--flagfile=absent.flags", ["flagfile", "absent.flags"]),
         ("--pretrained_dir=absent.npz", ["absent.npz", "No such file"]),
         ("--pretrained_dir=/", ["/: expected a file of weights", "directory"]),

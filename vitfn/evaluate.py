@@ -25,6 +25,7 @@ from vitfn.data import Dataset, Files, Split, load
 from vitfn.data.augment import normalise
 from vitfn.data.batches import evaluation_batches
 from vitfn.data.crops import resize
+from vitfn.data.dataset import joined
 from vitfn.errors import InputError
 from vitfn.files import replacing
 from vitfn.metrics import Predictions
@@ -50,7 +51,7 @@ def evaluate(
 
     `fit` makes (B, C, H, W) pixels of the model's size; by default the sides are resized independently, as Google does.
     """
-    where = tree.leaves(params)[0].device
+    where, batch_size = tree.leaves(params)[0].device, min(batch_size, split.size)
     batches = evaluation_batches(
         split,
         fit or (lambda images: resize(images, config.image_hw)),
@@ -101,10 +102,11 @@ def command(fv: FlagValues, model: str) -> None:
         seed=run.get("seed", 42),
     )
     config = described.config
+    chosen = joined(dataset) if fv.split == "all" else getattr(dataset, fv.split)
     if dataset.test.channels != config.channels:
         found = f"{dataset.test.channels} channels in the images of {fv.dataset}"
         raise InputError(f"{path}: found {found}, expected the model's {config.channels}")
-    split, class_names = _labelled_as(dataset, described.class_names, config, path)
+    split, class_names = _labelled_as(chosen, dataset, described.class_names, config, path)
     several = split.labels.ndim == 2
     eval_step = make_eval_step(
         config, precision=precision, compile=fv.compile, loss=recipe.loss(run.get("loss"), several)
@@ -142,10 +144,9 @@ def _find(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _labelled_as(
-    dataset: Dataset, names: tuple[str, ...] | None, config: ViTConfig, path: str
+    split: Split | Files, dataset: Dataset, names: tuple[str, ...] | None, config: ViTConfig, path: str
 ) -> tuple[Split | Files, tuple[str, ...]]:
-    """The test split with the labels of the model, by the names of the classes where the file has them."""
-    split = dataset.test
+    """The split with the labels of the model, by the names of the classes where the file has them."""
     if names is None:
         if len(dataset.class_names) != config.num_classes:
             found = f"{len(dataset.class_names)} classes in the dataset"

@@ -326,6 +326,12 @@ def recipe_flags(fv: flags.FlagValues) -> None:
 
 def evaluate_flags(fv: flags.FlagValues) -> None:
     define = _Definitions(fv)
+    define.enum(
+        "split",
+        "test",
+        ["test", "train", "all"],
+        "Images to evaluate: those held out (val or test), those for training, or both; default: test.",
+    )
     define.string(
         "out",
         "",

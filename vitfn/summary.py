@@ -35,6 +35,8 @@ def table(directory: RunDirectory, dataset: Dataset, outcome: Outcome) -> str:
     rows["test accuracy"] = (
         f"{metrics['eval/accuracy']:.2%} ({metrics['eval/correct']:.0f} of {metrics['eval/count']:.0f})"
     )
+    if "eval/mean_average_precision" in metrics:
+        rows["test precision"] = f"{metrics['eval/mean_average_precision']:.4f} on average"
     rows["files"] = str(directory.path)
     return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 

@@ -65,11 +65,8 @@ def train(fv: FlagValues) -> int:
     dataset = load(
         fv.dataset, fv.data_dir, fv.download, channels=fv.channels, val_fraction=fv.val_fraction, seed=fv.seed
     )
-    for flag, split in (("train_batch_size", dataset.train), ("eval_batch_size", dataset.test)):
-        if (found := getattr(fv, flag)) > split.size:
-            raise InputError(
-                f"--{flag}: found {found}, expected at most the {split.size} images that {fv.dataset} has for it"
-            )
+    if (found := fv.train_batch_size) > (size := dataset.train.size):
+        raise InputError(f"--train_batch_size: found {found}, expected at most the {size} images of {fv.dataset}")
     config = recipe.for_data(config, len(dataset.class_names), dataset.train.channels)
     params = tree.to(_starting_params(fv, config), row.name)
     precision = row.precision if fv.precision == "auto" else fv.precision

@@ -55,6 +55,15 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
 
 
+def joined(dataset: Dataset) -> Split | Files:
+    """The images of both splits, those for training first."""
+    splits = (dataset.train, dataset.test)
+    labels = torch.cat([split.labels for split in splits])
+    if files := [split for split in splits if isinstance(split, Files)]:
+        return files[0]._replace(paths=tuple(path for split in files for path in split.paths), labels=labels)
+    return Split(torch.cat([split.images for split in splits if isinstance(split, Split)]), labels)
+
+
 def divide(files: Files, root: Path, fraction: float, seed: int) -> tuple[Files, Files]:
     """Training and validation files: about `fraction` of each class for the latter, but never all of it.
 

@@ -14,6 +14,8 @@ from vitfn import tree
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"  # outputs of Google's own JAX code, with the weights they belong to
 SHARED = ROOT.parent / "shared"
+# What takes minutes and says little more than its neighbours.
+in_full = pytest.mark.skipif(not os.environ.get("VITFN_FULL"), reason=".ci/full runs it, with VITFN_FULL=1")
 
 # Those of the models in tests/reference.
 SMALL = vitfn.ViTConfig(

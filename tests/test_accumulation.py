@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, in_full
 from test_step import AVERAGED, CURVES, OPTIMIZERS, batch, fine_tune, fresh_state, mean_relative_error
 
 import vitfn
@@ -38,8 +38,19 @@ def test_four_parts_follow_the_whole_batch_s_curve(recipe, config, cifar_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("form", "parts"), [("block", 1), ("block", 4), ("step", 1), ("step", 4)])
+@pytest.mark.parametrize(
+    ("recipe", "form", "parts"),
+    [
+        ("sgd", "block", 1),
+        ("sgd", "block", 4),
+        ("adamw", "block", 4),
+        ("sgd", "step", 1),
+        ("adamw", "step", 4),
+        pytest.param("adamw", "block", 1, marks=in_full),
+        pytest.param("sgd", "step", 4, marks=in_full),
+        pytest.param("adamw", "step", 1, marks=in_full),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*MD5")
 def test_compiled_curves_are_eager_s_with_dropout_and_stochastic_depth(form, parts, recipe, cifar_dir):
     eager = curve(recipe, str(cifar_dir), RANDOM)

@@ -6,7 +6,7 @@ import pytest
 from absl.flags import FlagValues
 from conftest import ROOT
 
-from vitfn import compare, convert, evaluate, flags, inspect, train
+from vitfn import compare, convert, evaluate, flags, flagtypes, inspect, train
 
 GROUPS = {
     "train": train.GROUPS,
@@ -88,7 +88,7 @@ def test_the_table_in_the_readme_is_that_of_train():
 
 def test_the_table_has_every_flag_and_escapes_what_markdown_would_eat():
     def group(fv):
-        define = flags._Definitions(fv)
+        define = flagtypes.Definitions(fv)
         define.string("a", "x", "Of <name>, `b|c` and *.")
         define.bool("b", True, "Yes.")
         define.float("c", None, "None.")

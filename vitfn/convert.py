@@ -11,7 +11,7 @@ from typing import Any
 
 from absl.flags import FlagValues
 
-from vitfn import flags
+from vitfn import flags, flagtypes
 from vitfn.checkpoint import Checkpoint, split_path
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 def convert(fv: FlagValues, source: str, destination: str) -> None:
     """The command: OUT is written whole, or not at all."""
     layout = LAYOUTS[fv.to or default_layout(destination)]
-    with Checkpoint(source, flags.parse_assumed(fv.assume)) as checkpoint:
+    with Checkpoint(source, flagtypes.parse_assumed(fv.assume)) as checkpoint:
         own = checkpoint.config
         target = _target(fv, own)
         params, said = read(checkpoint, own, target)

@@ -3,88 +3,24 @@
 python -m vitfn.flags prints the table of vitfn.train's, as it stands in README.md.
 """
 
-import dataclasses
-import json
-import math
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
 
 from absl import flags
 
 from vitfn.compile import FORMS
-from vitfn.config import ViTConfig, model_names
+from vitfn.config import model_names
 from vitfn.data import DATASETS
 from vitfn.data.crops import SAMPLERS
 from vitfn.device import DEVICES
-from vitfn.errors import InputError
+from vitfn.flagtypes import Definitions, PairParser, SizeParser
 from vitfn.losses import LOSSES
 from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
 
-class _NumberParser(flags.FloatParser):
-    """absl's lets nan and inf pass its bounds."""
-
-    def convert(self, argument: float | str) -> float:
-        if not math.isfinite(value := float(argument)):
-            raise ValueError("expected a finite number")
-        return value
-
-
-class _Definitions:
-    """absl's functions that define a flag, for one FlagValues."""
-
-    def __init__(self, fv: flags.FlagValues):
-        self.string = partial(flags.DEFINE_string, flag_values=fv)
-        self.bool = partial(flags.DEFINE_bool, flag_values=fv)
-        self.integer = partial(flags.DEFINE_integer, flag_values=fv)
-        self.enum = partial(flags.DEFINE_enum, flag_values=fv)
-        self.custom = partial(flags.DEFINE, flag_values=fv)
-
-    def float(
-        self, name: str, default: float | None, help: str, lower_bound: float | None = None, upper: float | None = None
-    ) -> None:
-        self.custom(_NumberParser(lower_bound, upper), name, default, help)
-
-
-class _SizeParser(flags.ArgumentParser):
-    """'224' -> 224, '192x256' -> (192, 256)."""
-
-    syntactic_help = "pixels, or HEIGHTxWIDTH"
-
-    def parse(self, argument: int | tuple[int, int] | str) -> int | tuple[int, int]:
-        if not isinstance(argument, str):
-            return argument
-        try:
-            sides = tuple(int(side) for side in argument.lower().split("x"))
-        except ValueError:
-            sides = ()
-        if len(sides) == 1:
-            return sides[0]
-        if len(sides) == 2:
-            return sides
-        raise ValueError(f"expected {self.syntactic_help}")
-
-
-class _PairParser(flags.ArgumentParser):
-    """'2,10' -> (2, 10)."""
-
-    syntactic_help = "two integers, as in 2,10"
-
-    def parse(self, argument: tuple[int, int] | str) -> tuple[int, int]:
-        if not isinstance(argument, str):
-            return argument
-        try:
-            first, second = (int(part) for part in argument.split(","))
-        except ValueError:
-            raise ValueError(f"expected {self.syntactic_help}") from None
-        return first, second
-
-
 def data_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.enum(
         "dataset",
         "cifar10",
@@ -123,7 +59,7 @@ def data_flags(fv: flags.FlagValues) -> None:
 
 
 def augment_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.float(
         "crop_min",
         0.05,
@@ -139,7 +75,7 @@ def augment_flags(fv: flags.FlagValues) -> None:
     )
     define.bool("flip", False, "Mirror half of the training images left to right.")
     define.custom(
-        _PairParser(),
+        PairParser(),
         "randaugment",
         None,
         "RandAugment: operations an image and their magnitude, 0 to 10, as in 2,10 (needs kornia); default: none.",
@@ -155,7 +91,7 @@ def augment_flags(fv: flags.FlagValues) -> None:
 
 
 def model_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.string(
         "model_type",
         "ViT-B_16",
@@ -167,7 +103,7 @@ def model_flags(fv: flags.FlagValues) -> None:
         "File of weights to start from (a file, in spite of the name): npz, safetensors or torch, in any layout that "
         "vitfn.convert reads; empty: start from random weights.",
     )
-    define.custom(_SizeParser(), "img_size", 224, "Size of the model's images, in pixels: one side, or HEIGHTxWIDTH.")
+    define.custom(SizeParser(), "img_size", 224, "Size of the model's images, in pixels: one side, or HEIGHTxWIDTH.")
     define.integer(
         "channels",
         3,
@@ -186,7 +122,7 @@ def model_flags(fv: flags.FlagValues) -> None:
 
 
 def device_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.string("device", "auto", f"One of {', '.join(DEVICES)}; auto: the first of them that is there.")
     define.enum(
         "precision",
@@ -207,7 +143,7 @@ def device_flags(fv: flags.FlagValues) -> None:
 
 
 def run_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.string("name", None, "Name of the run; its files go to <output_dir>/<name>.")
     define.string("output_dir", "output", "Folder for runs.")
     define.bool(
@@ -231,7 +167,7 @@ def run_flags(fv: flags.FlagValues) -> None:
 
 
 def train_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.integer("train_batch_size", 512, "Images per update, over everything.", lower_bound=1)
     define.integer(
         "num_steps",
@@ -263,7 +199,7 @@ def train_flags(fv: flags.FlagValues) -> None:
 
 
 def recipe_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.enum("optimizer", "sgd", ["sgd", "adamw"], "SGD with momentum 0.9, or AdamW.")
     define.float("learning_rate", 0.03, "Peak learning rate: the factor of an update, 0 or more.", lower_bound=0)
     define.integer("warmup_steps", 500, "Updates over which the rate rises from 0.", lower_bound=0)
@@ -325,7 +261,7 @@ def recipe_flags(fv: flags.FlagValues) -> None:
 
 
 def evaluate_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.enum(
         "split",
         "test",
@@ -341,12 +277,12 @@ def evaluate_flags(fv: flags.FlagValues) -> None:
 
 
 def convert_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.enum(
         "to", None, list(LAYOUTS), "Names and shapes to write; default: original in an npz file, timm in safetensors."
     )
     define.custom(
-        _SizeParser(),
+        SizeParser(),
         "img_size",
         None,
         "Resize the positions to images of this size in pixels: one side, or HEIGHTxWIDTH; default: as they are.",
@@ -364,7 +300,7 @@ def convert_flags(fv: flags.FlagValues) -> None:
 
 
 def compare_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.string("plot", "", "Draw the curves to this file, whose suffix names the format; default: none.")
     define.float(
         "limit",
@@ -375,7 +311,7 @@ def compare_flags(fv: flags.FlagValues) -> None:
 
 
 def assume_flags(fv: flags.FlagValues) -> None:
-    define = _Definitions(fv)
+    define = Definitions(fv)
     define.string(
         "assume",
         "",
@@ -399,21 +335,6 @@ def table(groups: Iterable[Callable[[flags.FlagValues], None]]) -> str:
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, in a cell of a table."""
     return re.sub(r"([\\`*<>|\[\]])", r"\\\1", text)
-
-
-def parse_assumed(assumed: str) -> dict[str, Any]:
-    """'num_heads=3,gelu=tanh' -> fields of a ViTConfig."""
-    known = {field.name for field in dataclasses.fields(ViTConfig)} - {"resnet", "name"}
-    parsed: dict[str, Any] = {}
-    for item in re.split(r",(?![^\[]*\])", assumed) if assumed else ():  # a list's commas are its own
-        name, equals, value = item.partition("=")
-        if not equals or name not in known:
-            raise InputError(f"--assume: found {item!r}, expected FIELD=VALUE with one of {', '.join(sorted(known))}")
-        try:
-            parsed[name] = _SizeParser().parse(value) if name == "image_size" else json.loads(value)
-        except ValueError:
-            parsed[name] = value
-    return parsed
 
 
 if __name__ == "__main__":

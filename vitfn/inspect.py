@@ -7,7 +7,7 @@ from collections import Counter
 
 from absl.flags import FlagValues
 
-from vitfn import flags
+from vitfn import flags, flagtypes
 from vitfn.checkpoint import Checkpoint
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
 
 def inspect(fv: FlagValues, path: str) -> None:
     """The command."""
-    with Checkpoint(path, flags.parse_assumed(fv.assume)) as checkpoint:
+    with Checkpoint(path, flagtypes.parse_assumed(fv.assume)) as checkpoint:
         for name, value in describe(checkpoint):
             print(f"{name:<14} {value}")
         print()

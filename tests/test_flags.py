@@ -9,7 +9,7 @@ from conftest import ROOT
 from vitfn import compare, convert, evaluate, flags, flagtypes, inspect, train
 
 GROUPS = {
-    "train": train.GROUPS,
+    "train": flags.TRAIN,
     "evaluate": (flags.evaluate_flags, flags.data_flags, flags.device_flags),
     "convert": (flags.convert_flags, flags.assume_flags),
     "inspect": (flags.assume_flags,),
@@ -83,7 +83,7 @@ def test_what_cannot_be_parsed_is_one_line(command, flag, capsys):
 def test_the_table_in_the_readme_is_that_of_train():
     text = (ROOT / "README.md").read_text()
     shown = text.partition("<!-- flags -->\n")[2].partition("\n<!-- /flags -->")[0]
-    assert shown == flags.table(train.GROUPS), "python -m vitfn.flags prints the table"
+    assert shown == flags.table(flags.TRAIN), "python -m vitfn.flags prints the table"
 
 
 def test_the_table_has_every_flag_and_escapes_what_markdown_would_eat():

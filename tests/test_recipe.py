@@ -5,7 +5,7 @@ import torch
 from absl.flags import FlagValues
 
 import vitfn
-from vitfn import losses, recipe, train, tree
+from vitfn import flags, losses, recipe, tree
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
 from vitfn.errors import InputError
@@ -15,7 +15,7 @@ NANO = vitfn.get_config("ViT-Nano_8", image_size=32, num_classes=10)
 
 def parsed(*argv: str) -> FlagValues:
     fv = FlagValues()
-    for group in train.GROUPS:
+    for group in flags.TRAIN:
         group(fv)
     fv(["train", "--model_type=ViT-Nano_8", "--img_size=32", "--num_steps=10", "--warmup_steps=0", *argv])
     return fv

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL
 from test_data import FOREIGN, cifar_contents, write_cifar
 
 import vitfn
-from vitfn import train, weights
+from vitfn import flags, train, weights
 from vitfn.errors import InputError
 
 MODEL = "ViT-Nano_8"
@@ -56,7 +56,7 @@ def python(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedPro
 
 def all_flags() -> FlagValues:
     fv = FlagValues()
-    for group in train.GROUPS:
+    for group in flags.TRAIN:
         group(fv)
     return fv
 

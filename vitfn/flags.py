@@ -320,6 +320,9 @@ def assume_flags(fv: flags.FlagValues) -> None:
     )
 
 
+TRAIN = (run_flags, train_flags, recipe_flags, augment_flags, data_flags, model_flags, device_flags)
+
+
 def table(groups: Iterable[Callable[[flags.FlagValues], None]]) -> str:
     """The flags of some groups in their order, as a Markdown table: name, default and meaning."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
@@ -338,6 +341,4 @@ def _escaped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    from vitfn.train import GROUPS
-
-    print(table(GROUPS))
+    print(table(TRAIN))

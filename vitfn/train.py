@@ -28,15 +28,6 @@ from vitfn.run import RunDirectory
 from vitfn.step import PRECISIONS, Batch, TrainState, grad_and_value, make_eval_step, make_train_step
 from vitfn.tree import Tree
 
-GROUPS = (
-    flags.run_flags,
-    flags.train_flags,
-    flags.recipe_flags,
-    flags.augment_flags,
-    flags.data_flags,
-    flags.model_flags,
-    flags.device_flags,
-)
 # Flags that a resumed run may change: where things are, and what is shown of them.
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
          "checkpoint_every", "report", "tensorboard", "tcap_log")  # fmt: skip
@@ -46,7 +37,7 @@ log = logging.getLogger("vitfn")
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    return run_command(train, argv, *GROUPS)
+    return run_command(train, argv, *flags.TRAIN)
 
 
 def train(fv: FlagValues) -> int:

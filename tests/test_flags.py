@@ -6,7 +6,7 @@ import pytest
 from absl.flags import FlagValues
 from conftest import ROOT
 
-from vitfn import compare, convert, evaluate, flags, flagtypes, inspect, train
+from vitfn import compare, convert, evaluate, flags, flagtypes, inspect, recipe, train
 
 GROUPS = {
     "train": flags.TRAIN,
@@ -102,3 +102,16 @@ def test_the_table_has_every_flag_and_escapes_what_markdown_would_eat():
         "| `--c` |  | None. |",
         "| `--d` |  | Empty. |",
     ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flags").iterdir()), ids=lambda path: path.name)
+def test_a_flagfile_is_one_the_command_takes_and_says_what_to_expect(path):
+    fv = FlagValues()
+    for group in flags.TRAIN:
+        group(fv)
+    fv(["train", *(line for line in path.read_text().splitlines() if line.startswith("--"))])
+    recipe.check(fv)
+    assert recipe.optimizer(fv, recipe.model(fv, None)).rules.frozen == ""
+    for part in ("Command:", "Needs:", "Time:", "Result:"):
+        assert re.search(rf"^# {part} +\S", path.read_text(), re.M), part
+    assert f"`flags/{path.name}`" in (ROOT / "README.md").read_text()

@@ -1,13 +1,11 @@
 """A training state on disk: written whole in the background, verified when it is read, the last few kept."""
 
-import concurrent.futures
 import copy
 import json
 import logging
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,7 @@ class Snapshots:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self._keep = folder, keep
-        self._pending: list[Future] = []
+        self._pending: list[_Writing] = []
 
     def files(self) -> list[Path]:
         """The snapshots that are there, the newest first."""
@@ -103,28 +101,23 @@ class Snapshots:
     def submit(self, function: Callable[[], None], what: str) -> None:
         """Runs a function that writes a file, in the background, after those before it, of which at most one waits."""
         self.wait(1)
-        before, future = self._pending[-1:], Future[None]()
 
         def run() -> None:
-            concurrent.futures.wait(before)
             try:
                 function()
-                future.set_result(None)
             except OSError as error:
                 kept = f"the checkpoint {files[0]} is intact" if (files := self.files()) else "there is none before it"
                 reason = f"{what} could not be written ({error.strerror or error}); {kept}"
-                future.set_exception(RunError(f"{reason}: make room or give access, then --resume"))
-            except BaseException as error:
-                future.set_exception(error)
+                raise RunError(f"{reason}: make room or give access, then --resume") from None
 
-        self._pending.append(future)
-        threading.Thread(target=run, name="snapshots", daemon=True).start()  # daemon: who interrupts does not wait
+        self._pending.append(_Writing(run, self._pending[-1] if self._pending else None))
+        self._pending[-1].start()
 
     def check(self) -> None:
         """Raises RunError if what was written in the meantime failed."""
-        for future in [future for future in self._pending if future.done()]:
-            self._pending.remove(future)
-            future.result()
+        for writing in [writing for writing in self._pending if not writing.is_alive()]:
+            self._pending.remove(writing)
+            writing.result()
 
     def wait(self, pending: int = 0) -> None:
         """Until all but so many are written."""
@@ -133,7 +126,35 @@ class Snapshots:
 
     def close(self) -> None:
         """Until all is written, or has failed."""
-        concurrent.futures.wait(self._pending)
+        for writing in self._pending:
+            writing.join()
+
+
+class _Writing(threading.Thread):
+    """A function in a thread of its own, after the one before has ended."""
+
+    def __init__(self, function: Callable[[], None], before: "_Writing | None"):
+        super().__init__(name="snapshots", daemon=True)  # daemon: who interrupts does not wait
+        self._function, self._before = function, before
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        if self._before:
+            self._before.join()
+        try:
+            self._function()
+        except BaseException as error:  # shown by `result`
+            self._error = error
+        del self._function, self._before  # a copy of a state hangs on it
+
+    def result(self) -> None:
+        """Waits for the thread's very end, and raises what the function raised.
+
+        A thread that is still ending when the interpreter does, in torch's C++, aborts the process.
+        """
+        self.join()
+        if self._error:
+            raise self._error
 
 
 def on_cpu(params: Tree) -> Tree:

@@ -59,15 +59,20 @@ def test_logits_are_those_of_jax(name):
 
 
 def test_gradients_are_those_of_jax():
-    """JAX's own float32 gradients are 8e-6 from float64's."""
+    """JAX's own float32 gradients are 8.2e-6 from float64's, ours 6.2e-6 to 6.8e-6 by machine and torch."""
     arrays = reference("hybrid")
     params = vitfn.load_npz(SHARED / "reference" / "hybrid.npz", HYBRID)
     labels = torch.from_numpy(arrays["labels"])
-    grads, loss = torch.func.grad_and_value(
-        lambda params: F.cross_entropy(vitfn.apply(params, nchw(arrays["images"]), HYBRID), labels)
-    )(params)
+
+    def gradients(dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
+        images = nchw(arrays["images"]).to(dtype)
+        return torch.func.grad_and_value(lambda params: F.cross_entropy(vitfn.apply(params, images, HYBRID), labels))(
+            tree.to(params, dtype)
+        )
+
+    grads, loss = gradients(torch.float32)
     assert abs(float(loss) - arrays["loss"]) < 2e-6
-    assert_gradients(grads, arrays)
+    assert_gradients(grads, arrays, exact=gradients(torch.float64)[0])
 
 
 # Each formula

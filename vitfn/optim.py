@@ -117,26 +117,28 @@ def _unless(finite: Tensor | None, value: float | Tensor, otherwise: float) -> f
     return value if finite is None else torch.where(finite, value, otherwise)
 
 
-class _Descent(NamedTuple):
-    """p <- p - rate direction, with weight decay, for the leaves at `paths`, by the rules."""
+def _decayed(rules: Rules, paths: list[str], leaves: list[Tensor]) -> list[Tensor]:
+    return [leaf for path, leaf in zip(paths, leaves, strict=True) if rules.decays(path)]
 
-    schedule: Schedule
-    weight_decay: float
-    decay_schedule: Schedule | None
-    rules: Rules
 
-    def decayed(self, paths: list[str], leaves: list[Tensor]) -> list[Tensor]:
-        return [leaf for path, leaf in zip(paths, leaves, strict=True) if self.rules.decays(path)]
+def _descent(schedule: Schedule, weight_decay: float, decay_schedule: Schedule | None, rules: Rules) -> Callable:
+    """p <- p - rate direction for the leaves at `paths`, by the rules, as a function that writes `p`.
 
-    def __call__(self, paths, p: list[Tensor], direction: list[Tensor], step: Tensor, finite: Tensor | None) -> None:
-        """Writes `p`. big_vision's decay is here; torch's is in the direction already."""
-        moves = list(torch._foreach_mul(direction, _unless(finite, self.schedule(step), 0.0)))
-        if self.rules.rates:
-            torch._foreach_mul_(moves, [self.rules.rate(path) for path in paths])
-        if self.weight_decay and self.decay_schedule and (decayed := self.decayed(paths, p)):
-            decay = _unless(finite, self.weight_decay * self.decay_schedule(step), 0.0)
-            torch._foreach_add_(self.decayed(paths, moves), torch._foreach_mul(decayed, decay))
+    big_vision's weight decay is in it; torch's is in the direction already.
+    """
+
+    def descend(
+        paths: list[str], p: list[Tensor], direction: list[Tensor], step: Tensor, finite: Tensor | None
+    ) -> None:
+        moves = list(torch._foreach_mul(direction, _unless(finite, schedule(step), 0.0)))
+        if rules.rates:
+            torch._foreach_mul_(moves, [rules.rate(path) for path in paths])
+        if weight_decay and decay_schedule and (decayed := _decayed(rules, paths, p)):
+            decay = _unless(finite, weight_decay * decay_schedule(step), 0.0)
+            torch._foreach_add_(_decayed(rules, paths, moves), torch._foreach_mul(decayed, decay))
         torch._foreach_sub_(p, moves)
+
+    return descend
 
 
 def sgd(
@@ -154,7 +156,7 @@ def sgd(
     given, which makes it big_vision's: p also loses decay_schedule(t) weight_decay p, apart from momentum and rate.
     With a `momentum_dtype` of bfloat16 the momentum is rounded where it is stored, after its use, as in Google's.
     """
-    descend = _Descent(schedule, weight_decay, decay_schedule, rules)
+    descend = _descent(schedule, weight_decay, decay_schedule, rules)
 
     def init(params: Tree) -> Tree:
         return {"momentum": tree.map(lambda p: torch.zeros_like(p, dtype=momentum_dtype), trained(params, rules))}
@@ -164,9 +166,9 @@ def sgd(
         paths, g, stored = list(tree.flatten(grads)), tree.leaves(grads), tree.leaves(opt_state["momentum"])
         p = _at(paths, params)
         m = stored if momentum_dtype == torch.float32 else [leaf.float() for leaf in stored]
-        if weight_decay and not decay_schedule and (decayed := descend.decayed(paths, p)):
+        if weight_decay and not decay_schedule and (decayed := _decayed(rules, paths, p)):
             penalty = torch._foreach_mul(decayed, _unless(finite, weight_decay, 0.0))
-            torch._foreach_add_(descend.decayed(paths, g), penalty)
+            torch._foreach_add_(_decayed(rules, paths, g), penalty)
         torch._foreach_mul_(m, _unless(finite, momentum, 1.0))
         torch._foreach_add_(m, g)
         if m is not stored:
@@ -193,7 +195,7 @@ def adamw(
     p <- p - rate (mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps) + weight_decay p), t counting updates from 1.
     With `decay_schedule` the decay is big_vision's: decay_schedule(t) weight_decay p in place of rate weight_decay p.
     """
-    descend = _Descent(schedule, weight_decay, decay_schedule, rules)
+    descend = _descent(schedule, weight_decay, decay_schedule, rules)
 
     def init(params: Tree) -> Tree:
         count = torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
@@ -216,8 +218,8 @@ def adamw(
         torch._foreach_mul_(denominator, _one_minus_power(b1, t))
         direction = list(torch._foreach_div(mu, denominator))
         del denominator
-        if weight_decay and not decay_schedule and (decayed := descend.decayed(paths, p)):
-            torch._foreach_add_(descend.decayed(paths, direction), decayed, alpha=weight_decay)
+        if weight_decay and not decay_schedule and (decayed := _decayed(rules, paths, p)):
+            torch._foreach_add_(_decayed(rules, paths, direction), decayed, alpha=weight_decay)
         descend(paths, p, direction, step, finite)
         return params, opt_state
 

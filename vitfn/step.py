@@ -129,7 +129,8 @@ def make_train_step(
             """Of the part of the mean loss that these images have, scaled."""
 
             def part(leaves: Tree) -> Tensor:
-                everything = tree.unflatten(tree.flatten(params) | tree.flatten(leaves))
+                # torch 2.7's Dynamo cannot trace | of dicts
+                everything = tree.unflatten({**tree.flatten(params), **tree.flatten(leaves)})
                 each = loss(logits(everything, images, keys), labels, label_smoothing)
                 value = each.sum() / (len(images) * accumulation_steps)
                 return value * scales["scale"] if scales else value
@@ -211,7 +212,8 @@ def make_eval_step(
                 of_each = {"predicted": predicted, "confidence": confidence, "top5": (best == labels[:, None]).any(-1)}
                 right = predicted == labels
             each = loss(y, known) * real
-            return {"loss": each.sum(), "correct": (right & real).sum(), "count": real.sum(), "losses": each} | of_each
+            sums = {"loss": each.sum(), "correct": (right & real).sum(), "count": real.sum()}
+            return {**sums, "losses": each, **of_each}
 
         if form == "step":
             measure = compiled(measure, row.backend)

@@ -28,6 +28,15 @@ def two_threads():
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(scope="module")
+def one_thread(two_threads):
+    """Models this small are no faster with two, and far slower where something else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cifar_dir() -> Path:
     """The folder with part of the real CIFAR-10."""

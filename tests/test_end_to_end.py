@@ -15,6 +15,8 @@ import vitfn
 from vitfn import compare, data, evaluate, inspect, train, tree, weights
 from vitfn.data import Split, digits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--model_type=ViT-Nano_8", "--img_size=32", "--pretrained_dir=", "--compile=off", "--device=cpu"]
 QUICK = [*SMALL, "--name=run", "--noreport", "--num_workers=0", "--warmup_steps=0"]
 DIGITS = [*QUICK, "--dataset=digits", "--train_batch_size=16", "--num_steps=3", "--eval_batch_size=359"]
@@ -23,15 +25,6 @@ DIGITS = [*QUICK, "--dataset=digits", "--train_batch_size=16", "--num_steps=3", 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(two_threads):
-    """Models this small are no faster with two, and far slower where something else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -18,17 +18,10 @@ from vitfn import convert, evaluate, metrics, train, weights
 from vitfn.data import Files, Split, cifar
 from vitfn.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("bird", "cat", "dog")
 MODEL = vitfn.get_config("ViT-Nano_8", image_size=32, num_classes=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(two_threads):
-    """Models this small are no faster with two, and far slower where something else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vitfn import device, figures, flags, metrics, recipe, tree, weights
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
-from vitfn.data import Dataset, Files, Split, load
+from vitfn.data import Files, Split, load
 from vitfn.data.augment import normalise
 from vitfn.data.batches import evaluation_batches
 from vitfn.data.crops import resize
@@ -106,7 +106,7 @@ def command(fv: FlagValues, model: str) -> None:
     if dataset.test.channels != config.channels:
         found = f"{dataset.test.channels} channels in the images of {fv.dataset}"
         raise InputError(f"{path}: found {found}, expected the model's {config.channels}")
-    split, class_names = _labelled_as(chosen, dataset, described.class_names, config, path)
+    split, class_names = _labelled_as(chosen, dataset.class_names, described.class_names, config, path)
     several = split.labels.ndim == 2
     eval_step = make_eval_step(
         config, precision=precision, compile=fv.compile, loss=recipe.loss(run.get("loss"), several)
@@ -144,20 +144,20 @@ def _find(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _labelled_as(
-    split: Split | Files, dataset: Dataset, names: tuple[str, ...] | None, config: ViTConfig, path: str
+    split: Split | Files, classes: tuple[str, ...], names: tuple[str, ...] | None, config: ViTConfig, path: str
 ) -> tuple[Split | Files, tuple[str, ...]]:
-    """The split with the labels of the model, by the names of the classes where the file has them."""
+    """A split labelled by `classes` with the labels of the model, by its classes' `names` where the file has them."""
     if names is None:
-        if len(dataset.class_names) != config.num_classes:
-            found = f"{len(dataset.class_names)} classes in the dataset"
+        if len(classes) != config.num_classes:
+            found = f"{len(classes)} classes in the dataset"
             raise InputError(f"{path}: found {found}, expected the model's {config.num_classes}")
-        return split, dataset.class_names
-    if unknown := [name for name in dataset.class_names if name not in names]:
+        return split, classes
+    if unknown := [name for name in classes if name not in names]:
         known = ", ".join(names)
         expected = f"one of the model's: {known[:_SHOWN]}{', ...' if known[_SHOWN:] else ''}"
         raise InputError(f"{path}: found the class {unknown[0]!r} in the dataset, expected {expected}")
-    if names != dataset.class_names:
-        places = torch.tensor([names.index(name) for name in dataset.class_names])
+    if names != classes:
+        places = torch.tensor([names.index(name) for name in classes])
         if split.labels.ndim == 1:
             labels = places[split.labels]
         else:

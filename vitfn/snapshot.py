@@ -85,7 +85,7 @@ class Snapshots:
         """Writes the state as it is now, in the background."""
         self.wait(1)
         path = self.folder / f"step_{int(state.step):08d}.npz"
-        fields = tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), _fields(state))
+        fields = on_cpu(_fields(state))
         notes = copy.deepcopy(notes)
 
         def write_and_prune() -> None:
@@ -157,6 +157,6 @@ class _Writing(threading.Thread):
             raise self._error
 
 
-def on_cpu(params: Tree) -> Tree:
+def on_cpu(leaves: Tree) -> Tree:
     """A copy that training does not touch."""
-    return tree.map(lambda leaf: leaf.detach().to("cpu", torch.float32, copy=True), params)
+    return tree.map(lambda leaf: leaf.detach().to("cpu", copy=True), leaves)

@@ -12,6 +12,8 @@ from torch import Tensor
 from vitfn import rng
 from vitfn.errors import InputError
 
+VALIDATION = ("val", "validation", "test")  # what the part that is held out may be named, the first that is there
+
 
 class Split(NamedTuple):
     """Images (N, C, H, W) uint8 in memory and labels: (N,) int64, or (N, K) float32 of 0 and 1 for several an image."""

@@ -7,11 +7,9 @@ from typing import NoReturn
 
 import torch
 
-from vitfn.data.dataset import Dataset, Files, divide
+from vitfn.data.dataset import VALIDATION, Dataset, Files, divide
 from vitfn.data.images import SUFFIXES
 from vitfn.errors import InputError
-
-_VALIDATION = ("val", "validation", "test")
 
 
 def load(data_dir: str, *, channels: int = 3, val_fraction: float = 0.1, seed: int = 0) -> Dataset:
@@ -25,7 +23,7 @@ def load(data_dir: str, *, channels: int = 3, val_fraction: float = 0.1, seed: i
     root = Path(data_dir)
     if not root.is_dir():
         raise InputError(f"{root}: found no such folder, expected one with a sub-folder of images for each class")
-    val = next((root / name for name in _VALIDATION if (root / name).is_dir()), None)
+    val = next((root / name for name in VALIDATION if (root / name).is_dir()), None)
     if (root / "train").is_dir() and val:
         training, testing = _classes(root / "train"), _classes(val)
         if unknown := sorted(testing.keys() - training.keys()):
@@ -38,7 +36,7 @@ def load(data_dir: str, *, channels: int = 3, val_fraction: float = 0.1, seed: i
     classes = _classes(root)
     if list(classes) == ["train"]:
         raise InputError(
-            f"{root}: found train, but none of {', '.join(_VALIDATION)} beside it; expected one, or --data_dir="
+            f"{root}: found train, but none of {', '.join(VALIDATION)} beside it; expected one, or --data_dir="
             f"{root / 'train'} to hold some of it out"
         )
     _check_filled(root, classes)

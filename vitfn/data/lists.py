@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from vitfn.data.dataset import Dataset, Files, divide
+from vitfn.data.dataset import VALIDATION, Dataset, Files, divide
 from vitfn.errors import InputError
 
 _SUFFIXES = (".csv", ".jsonl")
-_VALIDATION = ("val", "validation", "test")
 
 
 class _Row(NamedTuple):
@@ -40,7 +39,7 @@ def load(data_dir: str, *, channels: int = 3, val_fraction: float = 0.1, seed: i
         classes = _class_names(path, rows)
         train, test = divide(_files(path, rows, classes, rows[0].several, channels), path.parent, val_fraction, seed)
         return Dataset(train, test, classes)
-    train_path, test_path = _find(path, "train"), _find(path, *_VALIDATION)
+    train_path, test_path = _find(path, "train"), _find(path, *VALIDATION)
     rows = _read(train_path)
     classes = _class_names(train_path, rows)
     train, test = (

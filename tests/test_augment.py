@@ -184,6 +184,20 @@ def test_without_mixing_an_image_does_not_depend_on_the_others(given):
     assert not torch.equal(whole, normalise(images, SMALL))
 
 
+@pytest.mark.parametrize("given", [EVERYTHING, Augmentation(cutmix=1.0, erasing=0.5)])
+def test_a_share_with_the_image_before_it_is_augmented_as_the_whole_is(given):
+    """So that several processes can each mix their own share: the partner of an image is the one before it."""
+    pytest.importorskip("kornia")
+    images, labels = pixels(8, 3, 32, 32).float(), torch.arange(8)
+    options = {"seed": 1, "step": 2, "augmentation": given}
+    whole = augment(images, labels, SMALL, **options)
+    for start, stop in ((0, 4), (4, 8)):
+        places = torch.tensor([(start - 1) % 8, *range(start, stop)])
+        share = augment(images[places], labels[places], SMALL, **options, places=places)
+        for x, y in zip(share, whole, strict=True):
+            torch.testing.assert_close(x[1:], y[start:stop], rtol=0, atol=1e-4)
+
+
 def test_equal_images_of_a_batch_are_augmented_differently():
     y, _ = augmented(pixels(1, 3, 32, 32).float().expand(16, -1, -1, -1), Augmentation(erasing=1.0))
     assert len(y.flatten(1).unique(dim=0)) == 16

@@ -131,6 +131,17 @@ def test_files_are_decoded_and_cropped_under_their_keys(folder):
         torch.testing.assert_close(image, want, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_share_of_the_places_is_those_images_of_the_batch(folder, in_memory):
+    """Whoever reads only a part of a batch gets the whole's bits, labels included, across an epoch's end too."""
+    split = Split(torch.arange(20 * 3 * 9 * 9).view(20, 3, 9, 9).to(torch.uint8), torch.arange(20))
+    split, places = split if in_memory else files(folder, 4), torch.tensor([5, 0, 1])
+    batch = TRAIN | {"start": 2, "stop": 6, "on_bad": "skip"}
+    whole = list(training_batches(split, crop, **batch))
+    share = list(training_batches(split, crop, **batch, places=places))
+    assert same(share, [(images[places], labels[places]) for images, labels in whole])
+
+
 def test_batches_are_the_same_bits_from_any_number_of_processes_and_after_a_restart(folder):
     """Across the end of an epoch, bad files included."""
     split = files(folder, 4, 5, 11)

@@ -7,6 +7,7 @@ from absl.flags import FlagValues
 from conftest import ROOT
 
 from vitfn import compare, convert, evaluate, flags, flagtypes, inspect, recipe, train
+from vitfn.device import DEVICES
 
 GROUPS = {
     "train": flags.TRAIN,
@@ -18,7 +19,7 @@ GROUPS = {
 COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "inspect": inspect, "compare": compare}
 EVERY = [(name, group) for name, groups in GROUPS.items() for group in groups]
 UNITS = (
-    r"pixels|updates|images per|checkpoints to|processes|channels|parts|part of|fraction|factor|probability|rank of|"
+    r"pixels|updates|images per|checkpoints to|processes|channels|parts|part of|fraction|factor|probability|number of|"
     r"0 to 1|between 0 and 1|above 0|below 1|0 or more|any integer|operations an image|0: write no head"
 )
 
@@ -110,7 +111,7 @@ def test_a_flagfile_is_one_the_command_takes_and_says_what_to_expect(path):
     for group in flags.TRAIN:
         group(fv)
     fv(["train", *(line for line in path.read_text().splitlines() if line.startswith("--"))])
-    recipe.check(fv)
+    recipe.check(fv, DEVICES["cpu"])
     assert recipe.optimizer(fv, recipe.model(fv, None)).rules.frozen == ""
     for part in ("Command:", "Needs:", "Time:", "Result:"):
         assert re.search(rf"^# {part} +\S", path.read_text(), re.M), part

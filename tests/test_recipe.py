@@ -8,6 +8,7 @@ import vitfn
 from vitfn import flags, losses, recipe, tree
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
+from vitfn.device import DEVICES
 from vitfn.errors import InputError
 
 NANO = vitfn.get_config("ViT-Nano_8", image_size=32, num_classes=10)
@@ -31,7 +32,6 @@ def parsed(*argv: str) -> FlagValues:
         ("--fp16_opt_level=O4", ["--fp16_opt_level", "'O4'", "O0, O1, O2 or O3"]),
         ("--loss_scale=128", ["--loss_scale=128", "--precision=float16"]),
         ("--loss_scale=128 --precision=bfloat16", ["--loss_scale=128", "--precision=float16"]),
-        ("--local_rank=1", ["--local_rank", "1", "-1 or 0"]),
         ("--max_grad_norm=0", ["--max_grad_norm", "0", "above 0"]),
         ("--max_grad_norm=-1", ["--max_grad_norm", "-1", "above 0"]),
         ("--layer_decay=0", ["--layer_decay", "0", "above 0"]),
@@ -51,7 +51,7 @@ def parsed(*argv: str) -> FlagValues:
 )
 def test_nonsense_is_one_line_that_names_the_flag(argv, parts):
     with pytest.raises(InputError) as caught:
-        recipe.check(parsed(*argv.split()))
+        recipe.check(parsed(*argv.split()), DEVICES["cpu"])
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
@@ -63,7 +63,6 @@ def test_nonsense_is_one_line_that_names_the_flag(argv, parts):
         "",
         "--fp16 --precision=float16 --loss_scale=1024 --fp16_opt_level=01",
         "--loss_scale=8 --fp16",
-        "--local_rank=0",
         "--train_batch_size=12 --gradient_accumulation_steps=4",
         "--randaugment=1,0",
         "--randaugment=3,10",
@@ -76,12 +75,25 @@ def test_nonsense_is_one_line_that_names_the_flag(argv, parts):
     ],
 )
 def test_what_makes_sense_is_let_through(argv):
-    recipe.check(parsed(*argv.split()))
+    recipe.check(parsed(*argv.split()), DEVICES["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "processes"), [("--train_batch_size=10", 4), ("--train_batch_size=12 --gradient_accumulation_steps=2", 4)]
+)
+def test_each_process_and_each_part_gets_as_many_images(argv, processes):
+    with pytest.raises(InputError, match=f"--train_batch_size: .* times {processes} processes"):
+        recipe.check(parsed(*argv.split()), DEVICES["cpu"], processes)
+    recipe.check(parsed(*argv.split(), "--train_batch_size=16"), DEVICES["cpu"], processes)
+
+
+def test_a_loss_scale_goes_with_what_auto_means_on_a_device():
+    recipe.check(parsed("--loss_scale=128"), DEVICES["sdaa"])
 
 
 def test_fp16_becomes_the_precision():
     fv = parsed("--fp16")
-    recipe.check(fv)
+    recipe.check(fv, DEVICES["cpu"])
     assert fv.precision == "float16"
 
 

@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from vitfn import quiet as quiet  # isort: skip, the first import of torch, which may print
+
 from vitfn.config import ResNetConfig as ResNetConfig
 from vitfn.config import ViTConfig as ViTConfig
 from vitfn.config import get_config as get_config

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from absl import flags
 
 from vitfn.errors import InputError, RunError
+from vitfn.parallel import process_name
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -30,7 +31,8 @@ def run_command(
     flags.DEFINE_string("flagfile", "", "File of flags, one a line, that take this one's place.", flag_values=fv)
     for group in groups:
         group(fv)
-    logging.basicConfig(format="vitfn: %(message)s", stream=sys.stderr)
+    name = process_name()
+    logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     logging.getLogger("vitfn").setLevel(logging.INFO)
     try:
         extra = _parse(fv, argv)
@@ -43,10 +45,10 @@ def run_command(
         code = command(fv, *extra)
         sys.stdout.flush()
     except (flags.Error, InputError) as error:
-        print("vitfn: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunError as error:
-        print("vitfn: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,10 +56,10 @@ def run_command(
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"vitfn: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("vitfn: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code or 0
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from vitfn import device
-from vitfn.errors import InputError
+from vitfn.errors import InputError, RunError
 
 # What is tried for each requested form, in order; 'off' is eager.
 FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("off",)}
 
 
-def compiled(function: Callable, backend: str) -> Callable:
-    """torch.compile(function) as one graph of static shapes, with a compile cache of its own."""
+def compiled(function: Callable, row: device.Device) -> Callable:
+    """torch.compile(function) for a row of the table of devices: one graph of static shapes, with a cache of its own.
+
+    `mode`, `options` and `dynamic` are never given, since some backends refuse them.
+    """
     # torch 2.7's Dynamo cannot trace into einops; importing this module registers its functions (pytorch issue 157601).
     import einops._torch_specific  # noqa: F401
 
@@ -29,7 +32,15 @@ def compiled(function: Callable, backend: str) -> Callable:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    in_one_graph = torch.compile(own, backend=device.compile_backend(row), fullgraph=True)
+    # Dynamo remembers shapes by a function's place in its file: those of another model would make these dynamic.
+    static_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+
+    def call(*arguments, **named):
+        with static_shapes:
+            return in_one_graph(*arguments, **named)
+
+    return call
 
 
 class CompiledStep:
@@ -37,15 +48,16 @@ class CompiledStep:
 
     `build(form, row)` makes the function for a form and a row of the table of devices, once for each shape of images.
     A form that fails at a first call is reported, and the next one takes over: exact, as long as nothing is written
-    before all is compiled. `form` is the form in use (None before the first call), `failures` what others died of.
+    before all is compiled. With `fallback` false it raises RunError instead. `form` is the form in use (None before the
+    first call), `failures` what others died of.
     """
 
-    def __init__(self, build: Callable[[str, device.Device], Callable], compile: str):
+    def __init__(self, build: Callable[[str, device.Device], Callable], compile: str, fallback: bool = True):
         if compile not in ("auto", *FORMS):
             raise InputError(f"compile: found {compile!r}, expected one of auto, {', '.join(FORMS)}")
         self.form: str | None = None
         self.failures: dict[str, str] = {}
-        self._build, self._requested = build, compile
+        self._build, self._requested, self._fallback = build, compile, fallback
         self._functions: dict[tuple, Callable] = {}
 
     def __call__(self, carry: Any, batch: tuple[Tensor, Tensor]) -> Any:
@@ -59,8 +71,8 @@ class CompiledStep:
         *compiling, last = FORMS[self.form or (row.compile if self._requested == "auto" else self._requested)]
         failures = {}
         for form in compiling:
-            function = self._build(form, row)
             try:
+                function = self._build(form, row)
                 with warnings.catch_warnings():
                     # Dynamo looks at the .grad of a block's input, and torch warns of that
                     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
@@ -68,6 +80,8 @@ class CompiledStep:
                 break
             except Exception as error:  # compilers fail in every way there is
                 failures[form] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                if not self._fallback:
+                    raise RunError(f"compile={form} failed on {row.name}: {failures[form]}") from error
         else:
             form, function = last, self._build(last, row)
             result = function(carry, batch)  # an error of the caller's shows here as itself

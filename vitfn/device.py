@@ -1,33 +1,109 @@
 """The table of devices: everything that differs between them is a row here, and nothing else asks which it is."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from vitfn.errors import InputError
+from vitfn.quiet import stdout_to_stderr
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One kind of device.
+    """One kind of device; `name` is torch's, of its tensors, its autocast and its module alike (torch.<name>).
 
-    `precision` and `compile` are what 'auto' means there; `backend` is torch.compile's; `available` probes for it.
+    `precision` and `compile` are what 'auto' means there, `warnings` what is to be said of others. `backend` is
+    torch.compile's, which the module `compiler`, if any, registers when it is imported; `collectives` is
+    torch.distributed's. `indexed` says whether each process takes one device of several, `pins` whether copies from
+    pinned memory are faster. `missing()` is why there is no such device, empty where there is one; it is worth a
+    warning where the `package` that brings it is installed. `environment` has the beginnings of the variables that
+    change what the device does.
     """
 
     name: str
     precision: str
     compile: str
     backend: str
-    available: Callable[[], bool]
+    collectives: str
+    missing: Callable[[], str]
+    package: str = ""
+    indexed: bool = True
+    compiler: str = ""
+    pins: bool = False
+    warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    environment: tuple[str, ...] = ()
+
+
+def _installed(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def _cuda_missing() -> str:
+    return "" if torch.cuda.is_available() else "torch sees no such device"
+
+
+def _sdaa_missing() -> str:
+    if not _installed("torch_sdaa"):
+        return "torch_sdaa is not installed"
+    if (aligned := os.environ.get("TORCH_SDAA_ALIGN_NV_DEVICE")) not in (None, "a100", "v100"):
+        # torch_sdaa would abort the process. vitfn's own random numbers are the same everywhere and need no alignment.
+        return f"TORCH_SDAA_ALIGN_NV_DEVICE: found {aligned!r}, expected a100, v100 or no such variable"
+    try:
+        with stdout_to_stderr():
+            importlib.import_module("torch_sdaa")
+            count = torch.sdaa.device_count() if torch.sdaa.is_available() else 0  # type: ignore[attr-defined]
+    except Exception as error:  # without a driver it fails in its own ways
+        return " ".join(f"torch_sdaa failed: {type(error).__name__}: {error}".split())[:300]
+    visible = os.environ.get("SDAA_VISIBLE_DEVICES")
+    return "" if count else "torch_sdaa sees no card" + (f" (SDAA_VISIBLE_DEVICES={visible})" if visible else "")
 
 
 # In the order in which 'auto' prefers them. The compile form is measured on the CPU (BUILD.md, 'Compile forms').
 DEVICES = {
     row.name: row
     for row in (
-        Device("cuda", precision="bfloat16", compile="block", backend="inductor", available=torch.cuda.is_available),
-        Device("cpu", precision="float32", compile="block", backend="inductor", available=lambda: True),
+        Device(
+            "sdaa",
+            precision="float16",
+            compile="block",
+            backend="teco_inductor",
+            collectives="tccl",
+            missing=_sdaa_missing,
+            package="torch_sdaa",
+            compiler="torch_sdaa._inductor",
+            warnings={
+                "bfloat16": "the matrix unit takes float16 alone and emulates bfloat16, without all of its range"
+            },
+            environment=("SDAA_", "TORCH_SDAA_", "TECO_"),
+        ),
+        Device(
+            "cuda",
+            precision="bfloat16",
+            compile="block",
+            backend="inductor",
+            collectives="nccl",
+            missing=_cuda_missing,
+            pins=True,
+            environment=("CUDA_", "NCCL_", "NVIDIA_TF32_OVERRIDE"),
+        ),
+        Device(
+            "cpu",
+            precision="float32",
+            compile="block",
+            backend="inductor",
+            collectives="gloo",
+            missing=lambda: "",
+            indexed=False,
+            environment=("OMP_NUM_THREADS",),
+        ),
     )
 }
 
@@ -42,10 +118,61 @@ def row_of(device: torch.device) -> Device:
 def find(name: str) -> Device:
     """The row of 'auto' or of a device by name. Raises InputError for one that is unknown or not there."""
     if name == "auto":
-        return next(row for row in DEVICES.values() if row.available())
+        for row in DEVICES.values():
+            if not (reason := row.missing()):
+                return row
+            if row.package and _installed(row.package):
+                logging.getLogger("vitfn").warning("--device=auto passes %s over: %s", row.name, reason)
     if name not in DEVICES:
         raise InputError(f"--device: found {name!r}, expected one of auto, {', '.join(DEVICES)}")
-    if not DEVICES[name].available():
-        present = ", ".join(row.name for row in DEVICES.values() if row.available())
-        raise InputError(f"--device: found {name!r}, which torch does not see here; expected one of auto, {present}")
+    if reason := DEVICES[name].missing():
+        present = ", ".join(row.name for row in DEVICES.values() if not row.missing())
+        raise InputError(f"--device: found {name!r}, which is not here: {reason}; expected one of auto, {present}")
     return DEVICES[name]
+
+
+def resolved_precision(row: Device, asked: str) -> str:
+    """The precision that 'auto', or another, is on a device; warns of what the table warns of."""
+    precision = row.precision if asked == "auto" else asked
+    if precision in row.warnings:
+        logging.getLogger("vitfn").warning("--precision=%s on %s: %s", precision, row.name, row.warnings[precision])
+    return precision
+
+
+def compile_backend(row: Device) -> str:
+    """The name for torch.compile, registered as far as the device's own package does it."""
+    if row.compiler:
+        with contextlib.suppress(ImportError), stdout_to_stderr():  # else torch.compile says that the name is unknown
+            importlib.import_module(row.compiler)
+    return row.backend
+
+
+def select(row: Device, index: int) -> None:
+    """Makes the device of this number, from 0, the one that the row's name alone means in this process.
+
+    Raises InputError where there are fewer.
+    """
+    if not row.indexed:
+        return
+    if (count := getattr(torch, row.name).device_count()) <= index:
+        raise InputError(f"--device={row.name}: found {count} of them, too few for process {index}, counted from 0")
+    getattr(torch, row.name).set_device(index)
+
+
+def facts(row: Device) -> dict[str, Any]:
+    """What a run notes of its device: its name, and the variables of the environment that change what it does."""
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(row.environment)}
+    return {"name": _call(row, "get_device_name"), "environment": variables}
+
+
+def peak_memory(row: Device) -> int | None:
+    """The most bytes of the device that tensors took at once in this process; None where the device does not count."""
+    return _call(row, "max_memory_allocated")
+
+
+def _call(row: Device, function: str, *arguments: Any) -> Any:
+    """A function of torch.<name>; None where there is no such function, or it does not work."""
+    try:
+        return getattr(getattr(torch, row.name), function)(*arguments)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None

@@ -29,6 +29,7 @@ from vitfn.data.dataset import joined
 from vitfn.errors import InputError
 from vitfn.files import replacing
 from vitfn.metrics import Predictions
+from vitfn.parallel import ALONE, Ranks
 from vitfn.step import make_eval_step
 from vitfn.tree import Tree
 
@@ -46,14 +47,17 @@ def evaluate(
     fit: Callable[[Tensor], Tensor] | None = None,
     workers: int = 0,
     on_bad: str = "fail",
+    ranks: Ranks = ALONE,
 ) -> tuple[Predictions, Tensor]:
     """What the model says of every image of a split, each once, and their places in it (N,), on the CPU.
 
     `fit` makes (B, C, H, W) pixels of the model's size; by default the sides are resized independently, as Google does.
+    Several `ranks` evaluate a part each, and all get the whole.
     """
-    where, batch_size = tree.leaves(params)[0].device, min(batch_size, split.size)
+    share = split.part(*ranks.span(split.size))
+    where, batch_size = tree.leaves(params)[0].device, max(1, min(batch_size, share.size))
     batches = evaluation_batches(
-        split,
+        share,
         fit or (lambda images: resize(images, config.image_hw)),
         batch_size=batch_size,
         device=where,
@@ -61,20 +65,21 @@ def evaluate(
         on_bad=on_bad,
     )
     found: list[dict[str, Tensor]] = []  # of each batch, on the device
-    total = -(-split.size // batch_size)
-    for images, labels in tqdm(batches, "evaluating", total, unit="batch", delay=2, leave=False):
-        found.append({"labels": labels} | eval_step(params, (normalise(images, config), labels)))
-    labels = torch.cat([batch["labels"] for batch in found]).cpu()
+    bar = {"desc": "evaluating", "total": -(-share.size // batch_size), "unit": "batch", "delay": 2, "leave": False}
+    for images, labels in tqdm(batches, disable=not ranks.first, **bar):
+        of_each = eval_step(params, (normalise(images, config), labels))
+        found.append({"labels": labels} | {name: value for name, value in of_each.items() if value.ndim})
+    names = found[0] if found else ()
+    own = {name: torch.cat([batch[name] for batch in found]).cpu()[: share.size] for name in names}
+    parts = [part for part in ranks.gather(own) if part]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # (N, ...)
+    labels = whole["labels"]
     real: Tensor = torch.ge(labels if labels.ndim == 1 else labels[:, 0], 0)
     if not real.any():
         raise InputError(f"evaluation: found no image that can be read among {split.size:,}, expected at least one")
-
-    def column(name: str) -> Tensor:
-        return torch.cat([batch[name] for batch in found]).cpu()[real]
-
-    top5 = column("top5") if "top5" in found[0] else None
-    predictions = Predictions(labels[real], column("losses"), column("predicted"), column("confidence"), top5)
-    return predictions, real.nonzero()[:, 0]
+    top5 = whole["top5"][real] if "top5" in whole else None
+    losses, predicted, confidence = (whole[name][real] for name in ("losses", "predicted", "confidence"))
+    return Predictions(labels[real], losses, predicted, confidence, top5), real.nonzero()[:, 0]
 
 
 def main(argv: list[str]) -> int:
@@ -92,7 +97,7 @@ def command(fv: FlagValues, model: str) -> None:
     recipe.check_eval_crop(fv)
     described = weights.describe(path)
     row = device.find(fv.device)
-    precision = row.precision if fv.precision == "auto" else fv.precision
+    precision = device.resolved_precision(row, fv.precision)
     dataset = load(
         fv.dataset,
         fv.data_dir,
@@ -109,7 +114,11 @@ def command(fv: FlagValues, model: str) -> None:
     split, class_names = _labelled_as(chosen, dataset.class_names, described.class_names, config, path)
     several = split.labels.ndim == 2
     eval_step = make_eval_step(
-        config, precision=precision, compile=fv.compile, loss=recipe.loss(run.get("loss"), several)
+        config,
+        precision=precision,
+        compile=fv.compile,
+        compile_fallback=fv.compile_fallback,
+        loss=recipe.loss(run.get("loss"), several),
     )
     predictions, _ = evaluate(
         eval_step,

@@ -6,7 +6,7 @@ import signal
 import time
 from collections import ChainMap
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vitfn import tcap
 from vitfn.errors import RunError
+from vitfn.parallel import ALONE, Ranks
 from vitfn.run import RunDirectory
 from vitfn.signals import Stop, Stopped
 from vitfn.step import Batch, Metrics, TrainState
@@ -44,9 +45,10 @@ class Plan(NamedTuple):
 class Job(NamedTuple):
     """What the loop asks of a command.
 
-    `batches(start)` are those of the updates numbered from `start`. `evaluate` gives measures of the test split,
-    `accuracy` among them. `save_best` makes a function that writes the weights, for a thread of its own. `explain` says
-    which leaves are not finite. `utilisation` is the MFU at a number of images per second, or None.
+    `batches(start)` are this process's shares of the batches of the updates numbered from `start`. `evaluate` gives
+    measures of the test split, `accuracy` among them. `save_best` makes a function that writes the weights, for a
+    thread of its own. `explain` says which leaves are not finite. `utilisation` is the MFU at a number of images per
+    second and device, or None.
     """
 
     batches: Callable[[int], Generator[Batch, None, None]]
@@ -75,10 +77,10 @@ class Outcome(NamedTuple):
 class _Unread:
     """Metrics of steps that are still on the device, and the time since they were last read."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
         self._values: list[Tensor] = []
         self._names: list[str] = []
-        self._images = 0
+        self._images, self._processes = 0, processes
         self._started = time.perf_counter()
 
     def add(self, metrics: Metrics, images: int) -> None:
@@ -94,15 +96,19 @@ class _Unread:
         """The metrics of each step, and the seconds they took together; waits for the device."""
         values = torch.stack(self._values).tolist()
         rate = self._images / (seconds := self.seconds)
-        return [
-            {**dict(zip(self._names, row, strict=True)), "train/images_per_second": rate} for row in values
-        ], seconds
+        rates = {"train/images_per_second": rate * self._processes}
+        if self._processes > 1:
+            rates["train/device_images_per_second"] = rate
+        return [dict(zip(self._names, row, strict=True)) | rates for row in values], seconds
 
 
-def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, Any], plan: Plan) -> Outcome:
+def fit(
+    directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, Any], plan: Plan, ranks: Ranks = ALONE
+) -> Outcome:
     """Trains from `state` to `plan.num_steps`; logs, evaluates, keeps checkpoints and the best weights.
 
-    `notes` are what a checkpoint knows beside the state. Raises RunError where files cannot be written and where the
+    `notes` are what a checkpoint knows beside the state. Several `ranks` go through it together: a signal to one of
+    them stops all after the same step. Raises RunError where files cannot be written and where the
     gradients are no longer finite.
     """
     start, snapshots = int(state.step), directory.snapshots
@@ -113,7 +119,8 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
     bad = 0  # updates in a row that were skipped, up to now
 
     def evaluate_now(done: int) -> None:
-        with stop.at_once():
+        # alone: who left in the middle would leave the others waiting
+        with stop.at_once() if ranks.count == 1 else nullcontext():
             metrics = job.evaluate(state)
         directory.log(done, {f"eval/{name}": value for name, value in metrics.items()})
         latest.update({f"eval/{name}": value for name, value in metrics.items()})
@@ -128,7 +135,7 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
         first = done - len(rows) + 1
         for number, row in enumerate(rows, first):
             directory.log(number, row)
-        if plan.tcap_log:
+        if plan.tcap_log and ranks.first:
             tqdm.write("\n".join(_tcap_line(number - 1, row, plan) for number, row in enumerate(rows, first)))
         skipped = [number for number, row in enumerate(rows, first) if not math.isfinite(row["train/grad_norm"])]
         if skipped:
@@ -137,7 +144,7 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
         bad = bad + trailing if trailing == len(rows) else trailing
         latest.update(rows[-1])
         seconds.append(elapsed)
-        used = job.utilisation(latest["train/images_per_second"])
+        used = job.utilisation(latest["train/images_per_second"] / ranks.count)
         bar.set_description("training")
         bar.set_postfix_str(
             "loss={train/loss:.4f}, rate={train/learning_rate:.2e}, {train/images_per_second:.1f} images/s".format(
@@ -149,30 +156,31 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
     with (
         Stop() as stop,
         logging_redirect_tqdm(),
-        tqdm(total=plan.num_steps, initial=start, unit="step") as bar,
+        tqdm(total=plan.num_steps, initial=start, unit="step", disable=not ranks.first) as bar,
         closing(job.batches(start)) as batches,
     ):
         done = start
         try:
             if plan.evaluates(start) and not evaluated:
                 evaluate_now(start)
-            unread = _Unread()
+            unread = _Unread(ranks.count)
             bar.set_description("first step")
             for done in range(start + 1, plan.num_steps + 1):
                 batch = next(batches)
                 state, metrics = job.train_step(state, batch)
                 unread.add(metrics, len(batch[0]))
                 snapshots.check()
-                stopping = stop.signal is not None  # once: a signal that comes later finds nothing unread at its break
-                due = plan.evaluates(done) or plan.saves(done) or stopping
+                # asked once: a signal that comes later finds nothing unread at its break
+                stopping = ranks.max(stop.signal or 0)
+                due = plan.evaluates(done) or plan.saves(done) or bool(stopping)
                 if due or done == start + 1 or unread.seconds > _READ_EVERY:
                     read(done)
-                    unread = _Unread()
+                    unread = _Unread(ranks.count)
                     if bad >= _GIVE_UP_AFTER:
                         raise RunError(_hopeless(done, bad, job.explain(state, batch), directory))
                 if done == start + 1:
                     job.after_first_step()
-                    unread = _Unread()
+                    unread = _Unread(ranks.count)
                 bar.update()
                 if stopping:
                     break
@@ -181,20 +189,22 @@ def fit(directory: RunDirectory, job: Job, state: TrainState, notes: dict[str, A
                 if plan.saves(done) and not bad:
                     snapshots.save(state, notes)
                 if due:
-                    unread = _Unread()
+                    unread = _Unread(ranks.count)
         except Stopped:
             pass
-        if stop.signal and done > start and not bad:
+        stopped = ranks.max(stop.signal or 0) or None
+        if stopped and done > start and not bad:
             snapshots.save(state, notes)
         snapshots.wait()
-    if stop.signal:
-        log.warning("stopped by %s after step %d; go on with --resume", signal.Signals(stop.signal).name, done)
-    return Outcome(state, latest, done - start, sum(seconds[:1]), sum(seconds[1:]), stop.signal)
+    if stopped:
+        log.warning("stopped by %s after step %d; go on with --resume", signal.Signals(stopped).name, done)
+    return Outcome(state, latest, done - start, sum(seconds[:1]), sum(seconds[1:]), stopped)
 
 
 def _tcap_line(iteration: int, row: dict[str, float], plan: Plan) -> str:
-    epoch = int(iteration / plan.epoch_steps)
-    return tcap.line(iteration, epoch, row["train/loss"], row["train/images_per_second"])
+    """Of the first device alone, as the ModelZoo asks."""
+    loss, rate = (row.get(f"train/device_{name}", row[f"train/{name}"]) for name in ("loss", "images_per_second"))
+    return tcap.line(iteration, int(iteration / plan.epoch_steps), loss, rate)
 
 
 def _trailing(rows: list[dict[str, float]]) -> int:

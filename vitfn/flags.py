@@ -140,6 +140,11 @@ def device_flags(fv: flags.FlagValues) -> None:
         + ", ".join(f"{row.compile} on {row.name}" for row in DEVICES.values())
         + ".",
     )
+    define.bool(
+        "compile_fallback",
+        True,
+        "Where compiling fails, say so and go on with one block compiled, or nothing; false: end the run, exit code 1.",
+    )
 
 
 def run_flags(fv: flags.FlagValues) -> None:
@@ -163,12 +168,16 @@ def run_flags(fv: flags.FlagValues) -> None:
     define.integer("keep_checkpoints", 2, "Newest checkpoints to keep; the best weights are kept besides.", 1)
     define.bool("report", True, "Write report.html at the end (its pictures need matplotlib).")
     define.bool("tensorboard", False, "Write the metrics for TensorBoard too.")
-    define.bool("tcap_log", False, "Print a line for each step on stdout as Tecorigin's ModelZoo wants it.")
+    define.bool(
+        "tcap_log",
+        False,
+        "Print a line for each step on stdout as Tecorigin's ModelZoo wants it: the first device's loss and images/s.",
+    )
 
 
 def train_flags(fv: flags.FlagValues) -> None:
     define = Definitions(fv)
-    define.integer("train_batch_size", 512, "Images per update, over everything.", lower_bound=1)
+    define.integer("train_batch_size", 512, "Images per update, over all processes and parts.", lower_bound=1)
     define.integer(
         "num_steps",
         10000,
@@ -193,7 +202,7 @@ def train_flags(fv: flags.FlagValues) -> None:
     define.integer(
         "local_rank",
         -1,
-        "Rank of this process on its machine: several are not built yet, only -1 and 0 are accepted.",
+        "Number of this process on its machine, from 0, as older launchers pass it; -1: as torchrun sets it.",
         -1,
     )
 

@@ -14,6 +14,7 @@ from vitfn import optim, schedules, vit
 from vitfn.config import ViTConfig, get_config
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
+from vitfn.device import Device
 from vitfn.errors import InputError
 from vitfn.losses import LOSSES, Loss
 
@@ -21,18 +22,16 @@ _PATHS = "Transformer/encoderblock_0/..., head/bias"
 _OPT_LEVELS = re.compile(r"[O0][0-3]")  # Apex's; the seed's command line has a zero for the letter
 
 
-def check(fv: FlagValues) -> None:
-    """Raises InputError for flags that are wrong by themselves or contradict each other."""
+def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
+    """Raises InputError for flags that are wrong, contradict each other, or ask for uneven shares of a batch."""
     if fv.fp16:
         if fv.precision not in ("auto", "float16"):
             raise InputError(f"--fp16 and --precision={fv.precision} contradict each other; expected one of them")
         fv["precision"].value = "float16"
     if not _OPT_LEVELS.fullmatch(fv.fp16_opt_level):
         raise InputError(f"--fp16_opt_level: found {fv.fp16_opt_level!r}, expected O0, O1, O2 or O3")
-    if fv.loss_scale and fv.precision != "float16":
+    if fv.loss_scale and (row.precision if fv.precision == "auto" else fv.precision) != "float16":
         raise InputError(f"--loss_scale={fv.loss_scale:g} scales nothing: expected --precision=float16 with it")
-    if fv.local_rank not in (-1, 0):
-        raise InputError(f"--local_rank: found {fv.local_rank}, which is not built yet; expected -1 or 0")
     for name in ("max_grad_norm", "layer_decay"):
         if (value := getattr(fv, name)) <= 0:
             raise InputError(f"--{name}: found {value}, expected a number above 0")
@@ -41,10 +40,11 @@ def check(fv: FlagValues) -> None:
     if fv.channels != 3 and fv.dataset not in ("folder", "list"):
         raise InputError(f"--channels={fv.channels} is for --dataset=folder or list; found {fv.dataset}, which has 3")
     check_eval_crop(fv)
-    if fv.train_batch_size % (parts := fv.gradient_accumulation_steps):
+    if fv.train_batch_size % ((parts := fv.gradient_accumulation_steps) * processes):
+        among = f" times {processes} processes" if processes > 1 else ""
         raise InputError(
             f"--train_batch_size: found {fv.train_batch_size}, expected a multiple of "
-            f"--gradient_accumulation_steps={parts}"
+            f"--gradient_accumulation_steps={parts}{among}"
         )
     if fv.momentum_dtype != "float32" and fv.optimizer != "sgd":
         raise InputError(f"--momentum_dtype={fv.momentum_dtype} is for --optimizer=sgd; found {fv.optimizer}")

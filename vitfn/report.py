@@ -89,7 +89,7 @@ def write(
     `config["changed"]`, if it is there, holds the flags that are not at their defaults. What is not known of a run
     (no `rows`, no `predictions`, no `samples`) is left out; without matplotlib or Pillow the page says what to install.
     """
-    name, notes = _text(config.get("name") or "report"), []
+    name, notes = _text(config.get("name") or "report"), _failures(config)
 
     def picture(make: Callable[[], str]) -> str:
         try:
@@ -157,6 +157,16 @@ def _subtitle(config: dict[str, Any]) -> str:
     model, device = config.get("model", {}), config.get("resolved", {}).get("device")
     parameters = f"{model['parameters']:,} parameters" if "parameters" in model else None
     return ", ".join(str(part) for part in (model.get("name"), parameters, config.get("dataset"), device) if part)
+
+
+def _failures(config: dict[str, Any]) -> list[str]:
+    """What did not compile, of the steps."""
+    steps = config.get("resolved", {}).get("compile", {}).items()
+    return [
+        f"compile={form} failed for the {name} step, which went on with compile={step['form']}: {reason}"
+        for name, step in steps
+        for form, reason in step.get("failures", {}).items()
+    ]
 
 
 def _percent(fraction: float | None) -> str:

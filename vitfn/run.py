@@ -14,24 +14,37 @@ from vitfn.snapshot import Snapshots
 class RunDirectory:
     """`<output_dir>/<name>/`: new, or with `resume` one that is there; made on entering the context.
 
-    So a refused run leaves nothing. `tensorboard` also writes the metrics for TensorBoard.
+    So a refused run leaves nothing. `tensorboard` also writes the metrics for TensorBoard. Of several processes that
+    run together only one `writes`; the others read.
     """
 
-    def __init__(self, output_dir: str, name: str, *, resume: bool = False, keep: int = 2, tensorboard: bool = False):
+    def __init__(
+        self,
+        output_dir: str,
+        name: str,
+        *,
+        resume: bool = False,
+        keep: int = 2,
+        tensorboard: bool = False,
+        writes: bool = True,
+    ):
+        self._writes = writes
         self.path = Path(output_dir) / name
         self.model_path, self.best_path = self.path / "model.npz", self.path / "best.npz"
         self.report_path = self.path / "report.html"
-        self.snapshots = Snapshots(self.path / "checkpoints", keep)
-        self._summary_writer = _summary_writer() if tensorboard else None
+        self.snapshots = Snapshots(self.path / "checkpoints", keep, writes)
+        self._summary_writer = _summary_writer() if tensorboard and writes else None
         self._metrics: Any = None
         self._writer: Any = None
-        if self.path.exists() and not resume:
+        if writes and self.path.exists() and not resume:
             raise InputError(
                 f"--name={name}: {self.path} exists; go on with --resume, choose another --name or --output_dir, or "
                 "remove it"
             )
 
     def __enter__(self) -> "RunDirectory":
+        if not self._writes:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for leftover in self.path.glob("**/.*.tmp"):  # of a writer that was killed
@@ -67,6 +80,8 @@ class RunDirectory:
             raise InputError(f"{path}: expected a run's config, found: {error}") from None
 
     def write_config(self, config: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         with replacing(self.path / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
 
@@ -85,6 +100,8 @@ class RunDirectory:
 
         What was logged of later ones is forgotten.
         """
+        if not self._writes:
+            return []
         kept = [row for row in self.rows() if (row["step"], "eval/loss" in row) <= (step, evaluated)]
         with replacing(self.path / "metrics.jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -95,6 +112,8 @@ class RunDirectory:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, after `step` updates."""
+        if not self._writes:
+            return
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self._metrics.write(json.dumps({"step": step, **numbers}) + "\n")
         self._metrics.flush()

@@ -57,11 +57,11 @@ class Snapshots:
     """The snapshots of a run, `<folder>/step_<number>.npz`: at most `keep`, and one being written.
 
     Writing happens in threads, one after the other, on copies on the CPU, so that training goes on; a failure shows at
-    the next call.
+    the next call. Where `writes` is false nothing is written: another process does it.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, writes: bool = True):
+        self.folder, self._keep, self._writes = folder, keep, writes
         self._pending: list[_Writing] = []
 
     def files(self) -> list[Path]:
@@ -83,6 +83,8 @@ class Snapshots:
 
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
         """Writes the state as it is now, in the background."""
+        if not self._writes:
+            return
         self.wait(1)
         path = self.folder / f"step_{int(state.step):08d}.npz"
         fields = on_cpu(_fields(state))
@@ -100,6 +102,8 @@ class Snapshots:
 
     def submit(self, function: Callable[[], None], what: str) -> None:
         """Runs a function that writes a file, in the background, after those before it, of which at most one waits."""
+        if not self._writes:
+            return
         self.wait(1)
 
         def run() -> None:

@@ -12,6 +12,7 @@ from vitfn.device import Device
 from vitfn.errors import InputError
 from vitfn.losses import Loss
 from vitfn.optim import Optimizer, clip_by_global_norm, trained
+from vitfn.parallel import ALONE, Ranks
 from vitfn.tree import Tree
 from vitfn.vit import dropout_keys, forward
 
@@ -74,7 +75,7 @@ def _fused_block(params, x, config, keys=None, taps=None, branches=None):
 def _make_forward(config: ViTConfig, precision: str, form: str, row: Device) -> Callable[..., Tensor]:
     """(params, images, keys) -> logits, float32 after autocast, with one compiled block for all layers if so asked."""
     dtype = PRECISIONS[precision]
-    block = compiled(_fused_block, row.backend) if form == "block" else _fused_block
+    block = compiled(_fused_block, row) if form == "block" else _fused_block
 
     def logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
         if dtype is None:
@@ -97,12 +98,14 @@ def make_train_step(
     max_grad_norm: float = 1.0,
     precision: str = "float32",
     compile: str = "auto",
+    compile_fallback: bool = True,
     seed: int = 0,
     donate: bool = True,
     loss: Loss = losses.softmax,
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
     loss_scale: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> CompiledStep:
     """`train_step(state, (images, labels)) -> (state, metrics)`: one update by an `Optimizer` of the mean loss.
 
@@ -115,8 +118,12 @@ def make_train_step(
     so many equal parts of the batch, one after the other. `compile` is 'step' (one graph by torch.func, update
     included; with accumulation one for the gradients and one for the update), 'block' (one compiled encoder block for
     all layers), 'off', or 'auto', the device's choice; the attribute `form` of the result tells which one it became.
-    `seed` draws the dropout masks. With `donate` the given state's memory is reused, and using that state again raises
-    RuntimeError.
+    Where compiling fails, less is compiled, or with `compile_fallback` false RunError is raised. `seed` draws the
+    dropout masks. With `donate` the given state's memory is reused, and using that state again raises RuntimeError.
+
+    Of several `ranks` each gets its share of the batch, the images of `ranks.span`, and all make the same update, of
+    the mean over all: between forward and update the gradients are summed, outside of what is compiled. The metrics
+    then have `device_loss` too, the mean over the own share.
     """
     _check_precision(precision)
     drops = bool(config.dropout_rate or config.attention_dropout_rate or config.stochastic_depth_rate)
@@ -132,18 +139,20 @@ def make_train_step(
                 # torch 2.7's Dynamo cannot trace | of dicts
                 everything = tree.unflatten({**tree.flatten(params), **tree.flatten(leaves)})
                 each = loss(logits(everything, images, keys), labels, label_smoothing)
-                value = each.sum() / (len(images) * accumulation_steps)
+                value = each.sum() / (len(images) * accumulation_steps * ranks.count)
                 return value * scales["scale"] if scales else value
 
             return transform(part)(trained(params, optimizer.rules))
 
-        def finish(grads, value, step, params, opt_state, scales):
+        def finish(grads, value, own, step, params, opt_state, scales):
             with torch.no_grad():
                 if scales:
                     grads, value = tree.map(lambda leaf: leaf / scales["scale"], grads), value / scales["scale"]
                 norm = tree.norm(grads)
                 finite = norm.isfinite()
                 metrics = {"loss": value, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
+                if ranks.count > 1:
+                    metrics["device_loss"] = own * ranks.count / (scales["scale"] if scales else 1)
                 if scales:
                     metrics["loss_scale"] = scales["scale"].clone()
                     scales = scales if loss_scale else scaling.adjusted(scales, finite)
@@ -156,12 +165,12 @@ def make_train_step(
             for part in parts[1:]:
                 more, more_value = gradients(params, scales, *part)
                 grads, value = tree.map(torch.add, grads, more), value + more_value  # not in place: leaves may overlap
-            return finish(grads, value, step, params, opt_state, scales)
+            return finish(*ranks.sum(grads, value), value, step, params, opt_state, scales)
 
-        if form == "step" and accumulation_steps == 1:
-            update = compiled(update, row.backend)
+        if form == "step" and accumulation_steps == ranks.count == 1:
+            update = compiled(update, row)
         elif form == "step":  # one graph for all parts: else compiling grows with their number
-            gradients, finish = compiled(gradients, row.backend), compiled(finish, row.backend)
+            gradients, finish = compiled(gradients, row), compiled(finish, row)
 
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             (step, params, opt_state, scales), (images, labels) = state._read(), batch
@@ -170,8 +179,9 @@ def make_train_step(
             own = torch.Tensor.detach if donate else lambda leaf: leaf.detach().clone()
             params, opt_state = tree.map(own, params), tree.map(own, opt_state)
             scales = (scales or scaling.init(step.device, loss_scale)) if precision == "float16" else None
-            places = torch.arange(len(images), device=images.device).chunk(accumulation_steps)
-            keys = [dropout_keys(config, seed, step, place) if drops else None for place in places]
+            places = torch.arange(len(images), device=images.device) + ranks.rank * len(images)
+            chunks = places.chunk(accumulation_steps)
+            keys = [dropout_keys(config, seed, step, chunk) if drops else None for chunk in chunks]
             parts = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), keys, strict=True))
             *fields, metrics = update(step, params, opt_state, scales, parts)
             if donate:
@@ -180,11 +190,16 @@ def make_train_step(
 
         return train_step
 
-    return CompiledStep(build, compile)
+    return CompiledStep(build, compile, compile_fallback)
 
 
 def make_eval_step(
-    config: ViTConfig, *, precision: str = "float32", compile: str = "auto", loss: Loss = losses.softmax
+    config: ViTConfig,
+    *,
+    precision: str = "float32",
+    compile: str = "auto",
+    compile_fallback: bool = True,
+    loss: Loss = losses.softmax,
 ) -> CompiledStep:
     """`eval_step(params, (images, labels)) -> metrics`.
 
@@ -192,7 +207,7 @@ def make_eval_step(
     last, partial batch has the shape of the others. For each image: `losses` (B,), and the class `predicted` (B,), its
     probability `confidence` (B,), and whether the label is among the `top5` (B,). With labels (B, K), of classes that
     do not exclude each other, `predicted` and `confidence` are (B, K), by the sigmoid, an image is correct where all of
-    its classes are, and there is no `top5`. `precision` and `compile` are as in `make_train_step`.
+    its classes are, and there is no `top5`. `precision`, `compile` and `compile_fallback` are as in `make_train_step`.
     """
     _check_precision(precision)
 
@@ -216,7 +231,7 @@ def make_eval_step(
             return {**sums, "losses": each, **of_each}
 
         if form == "step":
-            measure = compiled(measure, row.backend)
+            measure = compiled(measure, row)
 
         def eval_step(params: Tree, batch: Batch) -> Metrics:
             with torch.no_grad():
@@ -224,4 +239,4 @@ def make_eval_step(
 
         return eval_step
 
-    return CompiledStep(build, compile)
+    return CompiledStep(build, compile, compile_fallback)

@@ -13,23 +13,32 @@ from vitfn.run import RunDirectory
 _SAMPLES = 24  # images in the report
 
 
-def table(directory: RunDirectory, dataset: Dataset, outcome: Outcome) -> str:
-    """The run in a few lines; what was set is read back from its config.json."""
+def table(directory: RunDirectory, dataset: Dataset, outcome: Outcome, peak_memory: int | None) -> str:
+    """The run in a few lines; what was set is read back from its config.json. `peak_memory` is in bytes, if known."""
     metrics, config = outcome.metrics, directory.read_config() or {}
     model, resolved, batch = config["model"], config["resolved"], config["train_batch_size"]
     start = config["pretrained_dir"] or "random weights"
-    forms = [step["form"] for step in resolved["compile"].values() if step["form"]]
+    steps = [step for step in resolved["compile"].values() if step["form"]]
+    form = steps[0]["form"] if steps else "off"
+    failed = "".join(f", {failed} failed" for failed in (steps[0]["failures"] if steps else ()))
     rows = {
         "model": f"{model['name']}, {model['parameters']:,} parameters, from {start}",
         "data": f"{config['dataset']}, {dataset.train.size:,} training and {dataset.test.size:,} test images",
-        "device": f"{resolved['device']}, {resolved['precision']}, compile={forms[0] if forms else 'off'}",
+        "device": f"{resolved['device']}, {resolved['precision']}, compile={form}{failed}",
     }
+    if (processes := resolved["processes"]) > 1:
+        rows["devices"] = f"{processes}, {resolved['device_batch_size']} images of a batch each"
     if outcome.updates:
         others = (outcome.updates - 1) * batch / outcome.other_seconds if outcome.updates > 1 else 0
         rows["steps"] = (
             f"{outcome.updates:,} of {batch} images; the first took {outcome.first_seconds:.1f} s, "
-            f"the others {outcome.other_seconds:.1f} s ({others:.1f} images/s)"
+            f"the others {outcome.other_seconds:.1f} s ({others:.1f} images/s"
+            + (f", {others / processes:.1f} on each device)" if processes > 1 else ")")
         )
+        if peak_memory:
+            rows["peak memory"] = f"{peak_memory / 2**20:,.0f} MiB of the device" + (
+                ", of each" if processes > 1 else ""
+            )
         rows["train loss"] = f"{metrics['train/loss']:.4f}"
     rows["test loss"] = f"{metrics['eval/loss']:.4f}"
     rows["test accuracy"] = (

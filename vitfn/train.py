@@ -14,16 +14,31 @@ from typing import Any
 import torch
 from absl.flags import FlagValues
 
-from vitfn import __version__, device, flags, flops, losses, optim, recipe, snapshot, summary, tree, vit, weights
+from vitfn import (
+    __version__,
+    device,
+    flags,
+    flops,
+    losses,
+    optim,
+    parallel,
+    recipe,
+    snapshot,
+    summary,
+    tree,
+    vit,
+    weights,
+)
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
 from vitfn.data import Files, Split, load
 from vitfn.data.augment import augment, crop
 from vitfn.data.batches import training_batches
-from vitfn.errors import InputError
+from vitfn.errors import InputError, RunError
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
 from vitfn.metrics import measures
+from vitfn.parallel import Ranks
 from vitfn.run import RunDirectory
 from vitfn.step import PRECISIONS, Batch, TrainState, grad_and_value, make_eval_step, make_train_step
 from vitfn.tree import Tree
@@ -44,38 +59,53 @@ def train(fv: FlagValues) -> int:
     """The command: everything that can be wrong with the input shows before the run directory is made."""
     if not fv.name or fv.name in (".", "..") or Path(fv.name).name != fv.name:
         raise InputError(f"--name: found {fv.name or 'none'}, expected a name for the run's folder in --output_dir")
-    recipe.check(fv)
+    ranks = parallel.from_environment(fv.local_rank)
+    if not ranks.first:
+        log.setLevel(logging.ERROR)  # one process tells
     row = device.find(fv.device)
+    recipe.check(fv, row, ranks.count)
+    with parallel.joined(ranks, row) as ranks:
+        return _train(fv, row, ranks)
+
+
+def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
     directory = RunDirectory(
-        fv.output_dir, fv.name, resume=fv.resume, keep=fv.keep_checkpoints, tensorboard=fv.tensorboard
+        fv.output_dir,
+        fv.name,
+        resume=fv.resume,
+        keep=fv.keep_checkpoints,
+        tensorboard=fv.tensorboard,
+        writes=ranks.first,
     )
     settings = {name: value for name, value in fv.flag_values_dict().items() if name not in ("help", "h", "flagfile")}
     _check_unchanged(directory, settings)
     described = weights.describe(fv.pretrained_dir) if fv.pretrained_dir else None
     config = recipe.model(fv, described.config if described else None)
-    dataset = load(
-        fv.dataset, fv.data_dir, fv.download, channels=fv.channels, val_fraction=fv.val_fraction, seed=fv.seed
-    )
+    with ranks.first_alone():  # it may download
+        dataset = load(
+            fv.dataset, fv.data_dir, fv.download, channels=fv.channels, val_fraction=fv.val_fraction, seed=fv.seed
+        )
     if (found := fv.train_batch_size) > (size := dataset.train.size):
         raise InputError(f"--train_batch_size: found {found}, expected at most the {size} images of {fv.dataset}")
     config = recipe.for_data(config, len(dataset.class_names), dataset.train.channels)
     params = tree.to(_starting_params(fv, config), row.name)
-    precision = row.precision if fv.precision == "auto" else fv.precision
+    precision = device.resolved_precision(row, fv.precision)
     optimizer = recipe.optimizer(fv, config)
     loss = recipe.loss(fv.loss, dataset.train.labels.ndim == 2)
+    shared: dict[str, Any] = {"precision": precision, "compile_fallback": fv.compile_fallback, "loss": loss}
     train_step = make_train_step(
         config,
         optimizer,
         max_grad_norm=fv.max_grad_norm,
-        precision=precision,
         compile=fv.compile,
         seed=fv.seed,
-        loss=loss,
         label_smoothing=fv.label_smoothing,
         accumulation_steps=fv.gradient_accumulation_steps,
         loss_scale=fv.loss_scale,
+        ranks=ranks,
+        **shared,
     )
-    eval_step = make_eval_step(config, precision=precision, compile=fv.compile, loss=loss)
+    eval_step = make_eval_step(config, compile=fv.compile, **shared)
     training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
     state, parameters = TrainState(0, params, optimizer.init(params)), tree.size(params)
     notes: dict[str, Any] = {}  # what a checkpoint knows beside the state
@@ -84,7 +114,7 @@ def train(fv: FlagValues) -> int:
 
     def after_first_step() -> None:
         nonlocal eval_step  # in the form that works, so that one that fails is tried and reported once
-        eval_step = make_eval_step(config, precision=precision, compile=train_step.form or fv.compile, loss=loss)
+        eval_step = make_eval_step(config, compile=train_step.form or fv.compile, **shared)
         describe_run()
 
     def evaluate_now(state: TrainState) -> dict[str, float]:
@@ -97,6 +127,7 @@ def train(fv: FlagValues) -> int:
             fit=recipe.fit_for_evaluation(fv, config),
             workers=fv.num_workers,
             on_bad=fv.bad_images,
+            ranks=ranks,
         )
         return measures(predictions[0])
 
@@ -113,7 +144,14 @@ def train(fv: FlagValues) -> int:
                 "command": shlex.join(["python", "-m", "vitfn.train", *sys.argv[1:]]),
                 "changed": {name: value for name, value in settings.items() if value != fv[name].default},
                 "model": dataclasses.asdict(config) | {"parameters": parameters},
-                "resolved": {"device": row.name, "precision": precision, "compile": compiled},
+                "resolved": {
+                    "device": row.name,
+                    "precision": precision,
+                    "compile": compiled,
+                    "processes": ranks.count,
+                    "device_batch_size": fv.train_batch_size // ranks.count,
+                    **device.facts(row),
+                },
                 "versions": {"vitfn": __version__, "torch": torch.__version__, "python": platform.python_version()},
             }
         )
@@ -123,10 +161,14 @@ def train(fv: FlagValues) -> int:
         if saved := directory.snapshots.latest(state) if fv.resume else None:
             state, notes = saved
             log.info("going on after step %d", int(state.step))
+        if len(found := set(ranks.gather(int(state.step)))) > 1:
+            raise RunError(
+                f"{directory.path}: the processes found steps {found}; expected a folder that all of them share"
+            )
         if not (finished := int(state.step) == fv.num_steps > 0):
             describe_run()
         job = Job(
-            partial(_batches, fv, training, config, row.name),
+            partial(_batches, fv, training, config, row.name, ranks),
             train_step,
             after_first_step,
             evaluate_now,
@@ -136,27 +178,32 @@ def train(fv: FlagValues) -> int:
         )
         epoch_steps = dataset.train.size / fv.train_batch_size
         plan = Plan(fv.num_steps, fv.eval_every, fv.checkpoint_every, epoch_steps, fv.tcap_log)
-        outcome = fit(directory, job, state, notes, plan)
+        outcome = fit(directory, job, state, notes, plan, ranks)
         if outcome.stopped:
             return 128 + outcome.stopped
         if not finished:
             describe_run()
         final = optim.averaged(outcome.state.params, outcome.state.opt_state)
-        if fv.num_steps:
+        if fv.num_steps and ranks.first:
             weights.save_npz(directory.model_path, final, config, dataset.class_names)
-        if fv.report and not predictions and not directory.report_path.exists():  # killed before it was written
+        # killed before it was written
+        if fv.report and not predictions and not ranks.max(directory.report_path.exists()):
             evaluate_now(outcome.state)
-        if fv.report and predictions:
+        if fv.report and predictions and ranks.first:
             summary.write_report(directory, dataset, *predictions)
-    print(summary.table(directory, dataset, outcome))
+    if ranks.first:
+        print(summary.table(directory, dataset, outcome, device.peak_memory(row)))
     return 0
 
 
 def _batches(
-    fv: FlagValues, split: Split | Files, config: ViTConfig, where: str, start: int
+    fv: FlagValues, split: Split | Files, config: ViTConfig, where: str, ranks: Ranks, start: int
 ) -> Generator[Batch, None, None]:
-    """The augmented batches of the updates numbered from `start`."""
+    """This process's shares of the augmented batches of the updates numbered from `start`."""
     augmentation = recipe.augmentation(fv)
+    places = torch.arange(*ranks.span(fv.train_batch_size))
+    if mixed := ranks.count > 1 and bool(augmentation.mixup or augmentation.cutmix):  # with the image before
+        places = torch.cat([(places[:1] - 1) % fv.train_batch_size, places])
     cropped = training_batches(
         split,
         partial(crop, config_size=config.image_hw, augmentation=augmentation),
@@ -165,11 +212,13 @@ def _batches(
         start=start,
         stop=fv.num_steps,
         device=where,
+        places=places,
         workers=fv.num_workers,
         on_bad=fv.bad_images,
     )
-    for step, (images, labels) in enumerate(cropped, start):
-        yield augment(images, labels, config, seed=fv.seed, step=step, augmentation=augmentation)
+    for step, batch in enumerate(cropped, start):
+        images, labels = augment(*batch, config, seed=fv.seed, step=step, augmentation=augmentation, places=places)
+        yield images[mixed:], labels[mixed:]
 
 
 def _check_unchanged(directory: RunDirectory, settings: dict[str, Any]) -> None:

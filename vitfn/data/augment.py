@@ -49,15 +49,23 @@ def crop(images: Tensor, keys: Tensor, *, config_size: tuple[int, int], augmenta
 
 
 def augment(
-    images: Tensor, labels: Tensor, config: ViTConfig, *, seed: int, step: int, augmentation: Augmentation
+    images: Tensor,
+    labels: Tensor,
+    config: ViTConfig,
+    *,
+    seed: int,
+    step: int,
+    augmentation: Augmentation,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A step's cropped images, pixels (B, C, h, w) float32, and labels (B,) -> what the train step takes, normalised.
 
     RandAugment, normalisation, random erasing, then mixup or cutmix: a function of (seed, step) and each image's place
-    in the batch. Where both of the last are on, a step's toss decides. Labels stay as they are unless images are mixed,
-    then they are targets (B, K) float32. Raises InputError where an optional dependency is missing.
+    in the batch, `places` (B,) int64, by default 0 to B - 1. Where both of the last are on, a step's toss decides.
+    Labels stay as they are unless images are mixed, then they are targets (B, K) float32. Raises InputError where an
+    optional dependency is missing.
     """
-    places = torch.arange(len(images))
+    places = torch.arange(len(images)) if places is None else places
     if augmentation.randaugment:
         images = randaugment(images, sample_keys(seed, step, places, "randaugment"), *augmentation.randaugment)
     images = normalise(images, config)

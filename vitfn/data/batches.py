@@ -12,6 +12,7 @@ from vitfn import rng
 from vitfn.data.augment import sample_keys
 from vitfn.data.dataset import Files, Split
 from vitfn.data.workers import Crop, Decoder, Items, read
+from vitfn.device import row_of
 from vitfn.errors import InputError
 
 Fit = Callable[[Tensor], Tensor]  # images (B, C, H, W) uint8 -> (B, C, h, w) float32
@@ -54,32 +55,37 @@ def training_batches(
     start: int,
     stop: int,
     device: torch.device | str,
+    places: Tensor | None = None,
     workers: int = 0,
     on_bad: str = "fail",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, h, w) float32, 0 to 255, and labels (B,) or (B, K), on `device`, of steps `start` to `stop` - 1.
 
-    Each batch is a function of (seed, step). Images in memory are cropped at once on the device; files are decoded and
-    cropped one by one, in `workers` processes or, with 0, in this one, to the same bits; `crop` must be picklable.
-    A file that is no image raises InputError under on_bad='fail'; under 'skip' the next good one of the dataset takes
-    its place, and it is warned of once.
+    Each batch is a function of (seed, step); with `places` (P,) only the images at these are read, in this order.
+    Images in memory are cropped at once on the device; files are decoded and cropped one by one, in `workers` processes
+    or, with 0, in this one, to the same bits; `crop` must be picklable. A file that is no image raises InputError under
+    on_bad='fail'; under 'skip' the next good one of the dataset takes its place, and it is warned of once.
     """
-    labels, places = split.labels.to(device), torch.arange(batch_size)
+    labels, places = split.labels.to(device), torch.arange(batch_size) if places is None else places
+
+    def indices(step: int) -> Tensor:
+        return batch_indices(split.size, batch_size, seed, step)[places]
+
     if isinstance(split, Split):
-        images, places = split.images.to(device), places.to(device)
+        images, there = split.images.to(device), places.to(device)
         for step in range(start, stop):
-            index = batch_indices(split.size, batch_size, seed, step).to(device, non_blocking=True)
-            yield crop(images[index], sample_keys(seed, step, places)), labels[index]
+            index = indices(step).to(device, non_blocking=True)
+            yield crop(images[index], sample_keys(seed, step, there)), labels[index]
         return
 
     def items(step: int) -> Items:
-        index, keys = batch_indices(split.size, batch_size, seed, step), sample_keys(seed, step, places)
-        return [(split.paths[i], key) for i, key in zip(index.tolist(), keys.tolist(), strict=True)]
+        keys = sample_keys(seed, step, places)
+        return [(split.paths[i], key) for i, key in zip(indices(step).tolist(), keys.tolist(), strict=True)]
 
     decoder, warned = Decoder(split.channels, crop), set[str]()
-    with closing(read(decoder, map(items, range(start, stop)), workers, _pinned(device))) as decoded:
+    with closing(read(decoder, map(items, range(start, stop)), workers, row_of(torch.device(device)).pins)) as decoded:
         for step, (pixels, bad) in zip(range(start, stop), decoded, strict=True):
-            index = batch_indices(split.size, batch_size, seed, step)
+            index = indices(step)
             for place, error in bad.items():
                 _report(error, on_bad, warned)
                 key = int(sample_keys(seed, step, places)[place])
@@ -108,7 +114,7 @@ def evaluation_batches(
     starts = range(0, split.size, batch_size)
     items = ([(path, 0) for path in split.paths[start : start + batch_size]] for start in starts)
     decoder, warned = Decoder(split.channels, functools.partial(_without_keys, fit)), set[str]()
-    with closing(read(decoder, items, workers, _pinned(device))) as decoded:
+    with closing(read(decoder, items, workers, row_of(torch.device(device)).pins)) as decoded:
         for start, (pixels, bad) in zip(starts, decoded, strict=True):
             labels = split.labels[start : start + batch_size].clone()
             for place, error in bad.items():
@@ -120,11 +126,6 @@ def evaluation_batches(
 
 def _without_keys(fit: Fit, images: Tensor, keys: Tensor) -> Tensor:
     return fit(images)
-
-
-def _pinned(device: torch.device | str) -> bool:
-    """Whether copies to the device are faster from pinned memory."""
-    return torch.device(device).type == "cuda"
 
 
 def _report(error: InputError, on_bad: str, warned: set[str]) -> None:

@@ -29,6 +29,9 @@ class Split(NamedTuple):
     def channels(self) -> int:
         return self.images.shape[1]
 
+    def part(self, start: int, stop: int) -> "Split":
+        return Split(self.images[start:stop], self.labels[start:stop])
+
     def to(self, device: torch.device | str) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
@@ -43,6 +46,9 @@ class Files(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.paths)
+
+    def part(self, start: int, stop: int) -> "Files":
+        return self._replace(paths=self.paths[start:stop], labels=self.labels[start:stop])
 
     def to(self, device: torch.device | str) -> "Files":
         """The labels go there; pixels are decoded on the host."""

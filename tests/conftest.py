@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from simulated.running import sdaa as sdaa
 
 import vitfn
 from vitfn import tree

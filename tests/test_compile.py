@@ -11,6 +11,7 @@ from conftest import REFERENCE, ROOT, SMALL, expected, nchw
 
 import vitfn
 from vitfn import device, tree
+from vitfn.errors import RunError
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +58,20 @@ def test_a_compiler_that_fails_is_reported_once_and_the_run_goes_on_eagerly(form
     assert float(metrics["loss"]) == float(expected_metrics["loss"])
     expected_state, _ = eager(expected_state, batch())
     torch.testing.assert_close(state.params, expected_state.params, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["step", "block"])
+@pytest.mark.parametrize("broken", [broken_backend, "no such backend"])
+def test_without_a_fallback_a_compiler_that_fails_ends_the_run(form, broken, cpu_backend):
+    cpu_backend(broken)
+    reason = "the vendor's compiler is young" if callable(broken) else "no such backend"
+    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile=form, compile_fallback=False)
+    state = fresh_state(OPTIMIZER)
+    with pytest.raises(RunError, match=f"compile={form} failed on cpu: .*{reason}"):
+        train_step(state, batch())
+    eval_step = vitfn.make_eval_step(SMALL, compile=form, compile_fallback=False)
+    with pytest.raises(RunError, match=f"compile={form} failed on cpu: .*{reason}"):
+        eval_step(state.params, batch())  # nothing was donated
 
 
 def test_a_backward_that_does_not_compile_is_caught_before_anything_is_updated(cpu_backend):

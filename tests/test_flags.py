@@ -6,7 +6,7 @@ import pytest
 from absl.flags import FlagValues
 from conftest import ROOT
 
-from vitfn import compare, convert, evaluate, flags, flagtypes, inspect, recipe, train
+from vitfn import compare, convert, evaluate, export, flags, flagtypes, inspect, recipe, train
 from vitfn.device import DEVICES
 
 GROUPS = {
@@ -15,8 +15,16 @@ GROUPS = {
     "convert": (flags.convert_flags, flags.assume_flags),
     "inspect": (flags.assume_flags,),
     "compare": (flags.compare_flags,),
+    "export": (flags.export_flags,),
 }
-COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "inspect": inspect, "compare": compare}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "convert": convert,
+    "inspect": inspect,
+    "compare": compare,
+    "export": export,
+}
 EVERY = [(name, group) for name, groups in GROUPS.items() for group in groups]
 UNITS = (
     r"pixels|updates|images per|checkpoints to|processes|channels|parts|part of|fraction|factor|probability|number of|"

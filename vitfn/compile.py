@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfn import device
+from vitfn import device, tree
 from vitfn.errors import InputError, RunError
 
 # What is tried for each requested form, in order; 'off' is eager.
@@ -24,6 +24,8 @@ def compiled(function: Callable, row: device.Device) -> Callable:
     # torch 2.7's Dynamo cannot trace into einops; importing this module registers its functions (pytorch issue 157601).
     import einops._torch_specific  # noqa: F401
 
+    # Dynamo would trace into re and guard the length of its cache, which the compiler's own use of it changes.
+    torch.compiler.assume_constant_result(tree.matches)
     # Dynamo keeps its cache, and the limit of its recompilations, with the code object: every caller gets a copy.
     own = types.FunctionType(
         function.__code__.replace(),

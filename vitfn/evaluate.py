@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from absl.flags import FlagValues
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 def command(fv: FlagValues, model: str) -> None:
     """The command."""
-    path, run = _find(model)
+    path, run = weights.find(model)
     for name in fv:
         if name in run and not fv[name].present:
             fv[name].value = run[name]
@@ -136,20 +135,6 @@ def command(fv: FlagValues, model: str) -> None:
         _write(out, path, fv, measures, predictions, class_names)
     print("\n".join(f"{name:<22} {value}" for name, value in _summary(path, measures, len(class_names), out).items()))
     print("\n".join(_worst(predictions, class_names)))
-
-
-def _find(model: str) -> tuple[str, dict[str, Any]]:
-    """The file of weights, and the flags of the run it belongs to, if MODEL is a run's directory."""
-    directory = Path(model)
-    if not directory.is_dir():
-        return model, {}
-    for name in ("model.npz", "best.npz"):
-        if (directory / name).exists():
-            try:
-                return str(directory / name), json.loads((directory / "config.json").read_text())
-            except (OSError, ValueError) as error:
-                raise InputError(f"{directory / 'config.json'}: expected a run's config, found: {error}") from None
-    raise InputError(f"{model}: found neither model.npz nor best.npz, expected a run's directory or a file of weights")
 
 
 def _labelled_as(

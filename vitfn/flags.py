@@ -13,7 +13,7 @@ from vitfn.config import model_names
 from vitfn.data import DATASETS
 from vitfn.data.crops import SAMPLERS
 from vitfn.device import DEVICES
-from vitfn.flagtypes import Definitions, PairParser, SizeParser
+from vitfn.flagtypes import BatchParser, Definitions, PairParser, SizeParser
 from vitfn.losses import LOSSES
 from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
@@ -306,6 +306,20 @@ def convert_flags(fv: flags.FlagValues) -> None:
     define.integer(
         "channels", None, "Adapt the first layer to so many input channels; default: as it is.", lower_bound=1
     )
+
+
+def export_flags(fv: flags.FlagValues) -> None:
+    define = Definitions(fv)
+    define.integer(
+        "opset",
+        12,
+        "Version of ONNX's operators (of .onnx only), any integer from 12 to 17: most engines take 12; 17 has "
+        "LayerNormalization.",
+        12,
+        17,
+    )
+    define.custom(BatchParser(), "batch", 1, "Images per batch, at least 1, or dynamic: any number.")
+    define.enum("precision", "float32", ["float32", "float16"], "Of the weights, the input and the output.")
 
 
 def compare_flags(fv: flags.FlagValues) -> None:

@@ -72,6 +72,23 @@ class PairParser(flags.ArgumentParser):
         return first, second
 
 
+class BatchParser(flags.ArgumentParser):
+    """'8' -> 8, 'dynamic' -> 'dynamic'."""
+
+    syntactic_help = "an integer of at least 1, or dynamic"
+
+    def parse(self, argument: int | str) -> int | str:
+        if argument == "dynamic":
+            return argument
+        try:
+            number = int(argument)
+        except ValueError:
+            number = 0
+        if number < 1:
+            raise ValueError(f"expected {self.syntactic_help}")
+        return number
+
+
 def parse_assumed(assumed: str) -> dict[str, Any]:
     """'num_heads=3,gelu=tanh' -> fields of a ViTConfig."""
     known = {field.name for field in dataclasses.fields(ViTConfig)} - {"resnet", "name"}

@@ -4,7 +4,6 @@ The update numbered t from 0 uses the rate at t, as in Google's code.
 """
 
 import math
-import re
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -28,13 +27,13 @@ class Rules(NamedTuple):
     rates: tuple[tuple[str, float], ...] = ()
 
     def trains(self, path: str) -> bool:
-        return not re.fullmatch(self.frozen, path)
+        return not tree.matches(self.frozen, path)
 
     def decays(self, path: str) -> bool:
-        return bool(re.fullmatch(self.decayed, path))
+        return tree.matches(self.decayed, path)
 
     def rate(self, path: str) -> float:
-        return next((factor for pattern, factor in self.rates if re.fullmatch(pattern, path)), 1.0)
+        return next((factor for pattern, factor in self.rates if tree.matches(pattern, path)), 1.0)
 
 
 ALL = Rules()  # every leaf is trained and decays

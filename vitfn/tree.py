@@ -48,9 +48,14 @@ def map(function: Callable, tree: Mapping[str, Any], *rest: Mapping[str, Any]) -
     }
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Whether a whole path matches the regular expression: how names select leaves, everywhere."""
+    return bool(re.fullmatch(pattern, path))
+
+
 def select(tree: Mapping[str, Any], pattern: str) -> dict[str, Any]:
     """The leaves whose whole path matches the regular expression, by path."""
-    return {path: leaf for path, leaf in flatten(tree).items() if re.fullmatch(pattern, path)}
+    return {path: leaf for path, leaf in flatten(tree).items() if matches(pattern, path)}
 
 
 def to(tree: Mapping[str, Any], *args, **kwargs) -> Tree:

@@ -41,6 +41,20 @@ def describe(path: str | os.PathLike) -> Description:
         return Description(checkpoint.config, checkpoint.class_names(), stated=checkpoint.stated is not None)
 
 
+def find(model: str) -> tuple[str, dict[str, Any]]:
+    """The file of weights, and the flags of the run it belongs to, if MODEL is a run's directory."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return model, {}
+    for name in ("model.npz", "best.npz"):
+        if (directory / name).exists():
+            try:
+                return str(directory / name), json.loads((directory / "config.json").read_text())
+            except (OSError, ValueError) as error:
+                raise InputError(f"{directory / 'config.json'}: expected a run's config, found: {error}") from None
+    raise InputError(f"{model}: found neither model.npz nor best.npz, expected a run's directory or a file of weights")
+
+
 def assumed(config: ViTConfig) -> str:
     """What is taken for granted about a model whose file does not state its config."""
     pixels = "pixels in [-1, 1]" if config.mean == config.std == 0.5 else f"mean {config.mean} and std {config.std}"

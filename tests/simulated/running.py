@@ -11,14 +11,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def simulated(code: str | list[str], timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+def simulated(code: str | list[str], timeout: float = 300, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     """`python -c code`, or python with these arguments, from the checkout's root, where `import torch_sdaa` works."""
     arguments = ["-c", code] if isinstance(code, str) else list(code)
     paths = [str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     fixed = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | fixed | env,
         capture_output=True,
         text=True,

@@ -51,14 +51,16 @@ def _cuda_missing() -> str:
 
 
 def _sdaa_missing() -> str:
-    if not _installed("torch_sdaa"):
+    loaded = hasattr(torch, "sdaa")  # by torch itself, or by the caller
+    if not loaded and not _installed("torch_sdaa"):
         return "torch_sdaa is not installed"
     if (aligned := os.environ.get("TORCH_SDAA_ALIGN_NV_DEVICE")) not in (None, "a100", "v100"):
         # torch_sdaa would abort the process. vitfn's own random numbers are the same everywhere and need no alignment.
         return f"TORCH_SDAA_ALIGN_NV_DEVICE: found {aligned!r}, expected a100, v100 or no such variable"
     try:
         with stdout_to_stderr():
-            importlib.import_module("torch_sdaa")
+            if not loaded:
+                importlib.import_module("torch_sdaa")
             count = torch.sdaa.device_count() if torch.sdaa.is_available() else 0  # type: ignore[attr-defined]
     except Exception as error:  # without a driver it fails in its own ways
         return " ".join(f"torch_sdaa failed: {type(error).__name__}: {error}".split())[:300]

@@ -76,7 +76,7 @@ def test_float32_is_the_cpu_s_curve(train, float32):
     cpu, _, _ = train("cpu", *RUN, "--device=cpu", "--compile=off")
     assert relative_error(float32, cpu) <= 1e-6
     assert resolved(float32)["compile"]["train"] == {"form": "block", "failures": {}}
-    assert resolved(float32)["name"] == "/dev/tcaicard0"
+    assert resolved(float32)["device_name"] == "/dev/tcaicard0"
 
 
 def test_auto_takes_the_card_and_makes_the_same_bits_under_the_seed_s_migration(train, float32):

@@ -162,9 +162,10 @@ def select(row: Device, index: int) -> None:
 
 
 def facts(row: Device) -> dict[str, Any]:
-    """What a run notes of its device: its name, and the variables of the environment that change what it does."""
+    """What a run notes of its device: its name, if known, and the environment's variables that change what it does."""
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(row.environment)}
-    return {"name": _call(row, "get_device_name"), "environment": variables}
+    found = _call(row, "get_device_name")
+    return ({"device_name": found} if found else {}) | {"environment": variables}
 
 
 def peak_memory(row: Device) -> int | None:

@@ -127,7 +127,8 @@ def fit(
         notes["evaluated"] = done
         if done and metrics["accuracy"] > notes.get("best", {}).get("accuracy", -1.0):
             notes["best"] = {"step": done, "accuracy": metrics["accuracy"]}
-            snapshots.submit(job.save_best(state), f"the best weights, of step {done},")
+            if ranks.first:
+                snapshots.submit(job.save_best(state), f"the best weights, of step {done},")
 
     def read(done: int) -> None:
         nonlocal bad

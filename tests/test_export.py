@@ -119,7 +119,7 @@ def test_a_program_gives_the_numbers_of_apply(name, batch, dtype):
 def test_a_wrong_model_is_refused():
     params = model(SMALL)
     wrong = tree.map(lambda leaf: leaf * 1.001, params)
-    with pytest.raises(vitfn.errors.RunError, match=r"differs from vitfn.apply by .* \(limit 1e-05\); nothing was"):
+    with pytest.raises(vitfn.errors.RunError, match=r"differs from vitfn.apply by .* \(limit 1e-04\); nothing was"):
         export.largest_difference(lambda x: vitfn.apply(wrong, x, SMALL), params, SMALL, 1, torch.float32)
     with pytest.raises(vitfn.errors.RunError, match="by nan of"):
         export.largest_difference(lambda x: torch.full((1, 10), torch.nan), params, SMALL, 1, torch.float32)
@@ -197,7 +197,7 @@ def test_a_program_is_exported_and_checked(tmp_path, capsys):
     assert code == 0
     assert not re.sub(r"\r[^\r]*", "", err)  # progress, where it takes more than two seconds
     assert "opset" not in out
-    assert "(limit 1e-05)" in out
+    assert "(limit 1e-04)" in out
     torch.export.load(tmp_path / "a.pt2")
 
 

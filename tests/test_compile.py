@@ -162,8 +162,9 @@ def test_many_steps_in_one_process_do_not_exhaust_dynamo(cpu_backend):
 @pytest.mark.parametrize("form", ["step", "block"])
 def test_more_shapes_than_dynamo_s_limit(form, cpu_backend):
     cpu_backend("eager")
-    train_step = vitfn.make_train_step(SMALL, OPTIMIZER, compile=form)
-    state = fresh_state(OPTIMIZER)
+    config = dataclasses.replace(SMALL, num_layers=1)
+    train_step = vitfn.make_train_step(config, OPTIMIZER, compile=form)
+    state = vitfn.TrainState(0, params := vitfn.init(config, 0), OPTIMIZER.init(params))
     for size in range(1, 10):  # the limit is 8
         state, _ = train_step(state, (torch.zeros(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64)))
         assert train_step.form == form

@@ -123,7 +123,7 @@ def refusal(capsys):
         ("--randaugment=0,10", ["--randaugment", "0,10", "at least 1"]),
         ("--keep_checkpoints=0", ["--keep_checkpoints", "0"]),
         ("--checkpoint_every=-1", ["--checkpoint_every", "-1"]),
-        ("--local_rank=1", ["--local_rank", "1", "expected -1 or 0"]),
+        ("--local_rank=1", ["--local_rank=1", "no WORLD_SIZE", "start it with torchrun"]),
         ("--name=", ["--name", "none"]),
         ("--name=../elsewhere", ["--name", "../elsewhere", "--output_dir"]),
         ("--crop_min=nan", ["--crop_min", "nan"]),

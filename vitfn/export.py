@@ -68,9 +68,10 @@ def command(fv: FlagValues, model: str, out: str) -> None:
         _next(bar, "writing")
         with replacing(out) as file:
             file.write(data)
+    sizes = ", ".join(map(str, (described.config.channels, *described.config.image_hw)))
     for name, value in {
         "from": path,
-        "model": f"{described.config.name}, input (B, {described.config.channels}, *{described.config.image_hw})",
+        "model": f"{described.config.name}, input (B, {sizes})",
         "to": f"{out} ({len(data):,} bytes)",
         **({"opset": fv.opset} if suffix == ".onnx" else {}),
         "batch": fv.batch,

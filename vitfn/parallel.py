@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,7 +116,13 @@ def joined(ranks: Ranks, row: device.Device) -> Iterator[Ranks]:
         yield ranks
         return
     dist.init_process_group(row.collectives)
+    host = dist.new_group(backend="gloo")
     try:
-        yield dataclasses.replace(ranks, host=dist.new_group(backend="gloo"))
+        yield dataclasses.replace(ranks, host=host)
+        # Gloo's threads free the tensors of the last collectives, for which they need the interpreter's lock; torch 2.7
+        # holds it while it destroys a group and waits for them. A barrier has no tensor, and sleeping frees the lock.
+        with _together():
+            dist.barrier(group=host)
+        time.sleep(0.1)
     finally:
         dist.destroy_process_group()

@@ -1,9 +1,9 @@
 """Several processes, each with a device of its own and a share of every batch, as torchrun starts them."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,10 +119,9 @@ def joined(ranks: Ranks, row: device.Device) -> Iterator[Ranks]:
     host = dist.new_group(backend="gloo")
     try:
         yield dataclasses.replace(ranks, host=host)
-        # Gloo's threads free the tensors of the last collectives, for which they need the interpreter's lock; torch 2.7
-        # holds it while it destroys a group and waits for them. A barrier has no tensor, and sleeping frees the lock.
-        with _together():
-            dist.barrier(group=host)
-        time.sleep(0.1)
     finally:
+        # torch 2.7 holds the interpreter's lock while it ends a group of Gloo and waits for its threads, which may need
+        # the lock to free a tensor: one more reference leaves the groups to the end of the process.
+        for group in (dist.group.WORLD, host):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         dist.destroy_process_group()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from vitfn.errors import InputError, RunError
+from vitfn.errors import InputError, RunError, one_line
 from vitfn.parallel import process_name
 
 EXIT_FAILED = 1
@@ -45,10 +45,10 @@ def run_command(
         code = command(fv, *extra)
         sys.stdout.flush()
     except (flags.Error, InputError) as error:
-        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunError as error:
-        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

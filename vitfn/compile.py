@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitfn import device, tree
-from vitfn.errors import InputError, RunError
+from vitfn.errors import InputError, RunError, one_line
 
 # What is tried for each requested form, in order; 'off' is eager.
 FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("off",)}
@@ -81,7 +81,7 @@ class CompiledStep:
                     result = function(carry, batch)
                 break
             except Exception as error:  # compilers fail in every way there is
-                failures[form] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                failures[form] = one_line(f"{type(error).__name__}: {error}", 300)
                 if not self._fallback:
                     raise RunError(f"compile={form} failed on {row.name}: {failures[form]}") from error
         else:

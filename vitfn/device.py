@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vitfn.errors import InputError
+from vitfn.errors import InputError, one_line
 from vitfn.quiet import stdout_to_stderr
 
 
@@ -63,7 +63,7 @@ def _sdaa_missing() -> str:
                 importlib.import_module("torch_sdaa")
             count = torch.sdaa.device_count() if torch.sdaa.is_available() else 0  # type: ignore[attr-defined]
     except Exception as error:  # without a driver it fails in its own ways
-        return " ".join(f"torch_sdaa failed: {type(error).__name__}: {error}".split())[:300]
+        return one_line(f"torch_sdaa failed: {type(error).__name__}: {error}", 300)
     visible = os.environ.get("SDAA_VISIBLE_DEVICES")
     return "" if count else "torch_sdaa sees no card" + (f" (SDAA_VISIBLE_DEVICES={visible})" if visible else "")
 

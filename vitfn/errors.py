@@ -14,3 +14,8 @@ class InputError(ValueError):
     def __init__(self, message: str):
         line = " ".join(message.splitlines())  # names in foreign files hold any character, terminals' commands too
         super().__init__("".join(character if character.isprintable() else "?" for character in line))
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    """A text, or an error's, without its line breaks, cut to so many characters."""
+    return " ".join(str(text).split())[:most]

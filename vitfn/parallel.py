@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitfn import device, tree
-from vitfn.errors import InputError, RunError
+from vitfn.errors import InputError, RunError, one_line
 from vitfn.tree import Tree
 
 
@@ -86,7 +86,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RunError(
             f"the processes of the run lost each other: one of them has ended, or hangs ({reason})"
         ) from None

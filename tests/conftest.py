@@ -24,6 +24,10 @@ SMALL = vitfn.ViTConfig(
 )
 
 
+# The command's smallest run: digits need no file, and the model is small.
+NANO = ["--dataset=digits", "--model_type=ViT-Nano_8", "--img_size=32", "--pretrained_dir=", "--train_batch_size=16"]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import NANO, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +20,7 @@ from vitfn.parallel import ALONE, Ranks
 
 RUN = [
     "--name=run",
-    "--dataset=digits",
-    "--model_type=ViT-Nano_8",
-    "--img_size=32",
-    "--pretrained_dir=",
-    "--train_batch_size=16",
+    *NANO,
     "--num_steps=30",
     "--warmup_steps=3",
     "--eval_every=15",

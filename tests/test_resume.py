@@ -13,18 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import NANO, ROOT
 
 KILLS = int(os.environ.get("VITFN_KILLS", "3"))  # .ci/full asks for 30
 pytestmark = pytest.mark.slow
 
 RUN = [
     "--name=run",
-    "--dataset=digits",
-    "--model_type=ViT-Nano_8",
-    "--img_size=32",
-    "--pretrained_dir=",
-    "--train_batch_size=16",
+    *NANO,
     "--num_steps=20",
     "--warmup_steps=2",
     "--eval_batch_size=359",

@@ -8,16 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NANO, ROOT
 
 pytestmark = pytest.mark.slow
 
 RUN = [
-    "--dataset=digits",
-    "--model_type=ViT-Nano_8",
-    "--img_size=32",
-    "--pretrained_dir=",
-    "--train_batch_size=16",
+    *NANO,
     "--num_steps=40",
     "--warmup_steps=4",
     "--eval_every=20",

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -53,8 +54,8 @@ def evaluate(
     `fit` makes (B, C, H, W) pixels of the model's size; by default the sides are resized independently, as Google does.
     Several `ranks` evaluate a part each, and all get the whole.
     """
-    share = split.part(*ranks.span(split.size))
-    where, batch_size = tree.leaves(params)[0].device, max(1, min(batch_size, share.size))
+    share, largest = split.part(*ranks.span(split.size)), -(-split.size // ranks.count)
+    where, batch_size = tree.leaves(params)[0].device, max(1, min(batch_size, largest))
     batches = evaluation_batches(
         share,
         fit or (lambda images: resize(images, config.image_hw)),
@@ -64,8 +65,15 @@ def evaluate(
         on_bad=on_bad,
     )
     found: list[dict[str, Tensor]] = []  # of each batch, on the device
-    bar = {"desc": "evaluating", "total": -(-share.size // batch_size), "unit": "batch", "delay": 2, "leave": False}
-    for images, labels in tqdm(batches, disable=not ranks.first, **bar):
+    count = -(-largest // batch_size)  # in every process, since together they may gather the parameters
+
+    def padding() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            images = torch.zeros(batch_size, config.channels, *config.image_hw, device=where)
+            yield images, split.labels.new_full((batch_size, *split.labels.shape[1:]), -1, device=where)
+
+    bar = {"desc": "evaluating", "total": count, "unit": "batch", "delay": 2, "leave": False}
+    for images, labels in tqdm(islice(chain(batches, padding()), count), disable=not ranks.first, **bar):
         of_each = eval_step(params, (normalise(images, config), labels))
         found.append({"labels": labels} | {name: value for name, value in of_each.items() if value.ndim})
     names = found[0] if found else ()

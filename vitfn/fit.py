@@ -47,15 +47,15 @@ class Job(NamedTuple):
 
     `batches(start)` are this process's shares of the batches of the updates numbered from `start`. `evaluate` gives
     measures of the test split, `accuracy` among them. `save_best` makes a function that writes the weights, for a
-    thread of its own. `explain` says which leaves are not finite. `utilisation` is the MFU at a number of images per
-    second and device, or None.
+    thread of its own, or has written them. `explain` says which leaves are not finite. `utilisation` is the MFU at
+    a number of images per second and device, or None.
     """
 
     batches: Callable[[int], Generator[Batch, None, None]]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     after_first_step: Callable[[], None]
     evaluate: Callable[[TrainState], dict[str, float]]
-    save_best: Callable[[TrainState], Callable[[], None]]
+    save_best: Callable[[TrainState], Callable[[], None] | None]
     explain: Callable[[TrainState, Batch], str]
     utilisation: Callable[[float], float | None] = lambda images_per_second: None
 
@@ -127,8 +127,8 @@ def fit(
         notes["evaluated"] = done
         if done and metrics["accuracy"] > notes.get("best", {}).get("accuracy", -1.0):
             notes["best"] = {"step": done, "accuracy": metrics["accuracy"]}
-            if ranks.first:
-                snapshots.submit(job.save_best(state), f"the best weights, of step {done},")
+            if write := job.save_best(state):
+                snapshots.submit(write, f"the best weights, of step {done},")
 
     def read(done: int) -> None:
         nonlocal bad

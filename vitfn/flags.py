@@ -205,6 +205,19 @@ def train_flags(fv: flags.FlagValues) -> None:
         "Number of this process on its machine, from 0, as older launchers pass it; -1: as torchrun sets it.",
         -1,
     )
+    define.string(
+        "mesh",
+        "",
+        "Processes that hold copies times processes that share one, as in data=2,shard=4, one of them if the other "
+        "follows from their number; default: data alone.",
+    )
+    define.string(
+        "placement",
+        "sharded",
+        "What the processes of a shard divide of kernels and embeddings: sharded (parameters and optimizer state), "
+        "optimizer (its state alone) or replicated (nothing); or REGEX=KIND;REGEX=KIND;... for whole path names, of "
+        "which the first that matches decides.",
+    )
 
 
 def recipe_flags(fv: flags.FlagValues) -> None:

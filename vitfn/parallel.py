@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from vitfn import device, tree
+from vitfn import device
 from vitfn.errors import InputError, RunError, one_line
-from vitfn.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,25 +35,12 @@ class Ranks:
         """Where this process's share of so many images starts and ends: of a batch that can be, even shares."""
         return self.rank * size // self.count, (self.rank + 1) * size // self.count
 
-    def sum(self, grads: Tree, value: Tensor) -> tuple[Tree, Tensor]:
-        """The sums over all processes of gradients and a number: one collective, in float32, the same bits in each."""
-        if self.count == 1:
-            return grads, value
-        flat = {**tree.flatten(grads), "": value}
-        everything = torch.cat([leaf.reshape(-1) for leaf in flat.values()])
-        with _together():
-            dist.all_reduce(everything)
-        parts = everything.split([leaf.numel() for leaf in flat.values()])
-        summed = {path: part.reshape(leaf.shape) for (path, leaf), part in zip(flat.items(), parts, strict=True)}
-        value = summed.pop("")
-        return tree.unflatten(summed), value
-
     def gather(self, of_each: Any) -> list[Any]:
         """What each process has, in order, in all of them; tensors are on the CPU."""
         if self.count == 1:
             return [of_each]
         found = [None] * self.count
-        with _together():
+        with together():
             dist.all_gather_object(found, of_each, group=self.host)
         return found
 
@@ -64,7 +49,7 @@ class Ranks:
         if self.count == 1:
             return number
         found = torch.tensor(int(number))
-        with _together():
+        with together():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
         return int(found)
 
@@ -82,7 +67,8 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
+    """A collective of all processes: where it fails, the others are lost."""
     try:
         yield
     except RuntimeError as error:

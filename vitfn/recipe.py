@@ -10,7 +10,7 @@ import torch
 from absl.flags import FlagValues
 from torch import Tensor
 
-from vitfn import optim, schedules, vit
+from vitfn import meshes, optim, schedules, vit
 from vitfn.config import ViTConfig, get_config
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
@@ -45,6 +45,13 @@ def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
         raise InputError(
             f"--train_batch_size: found {fv.train_batch_size}, expected a multiple of "
             f"--gradient_accumulation_steps={parts}{among}"
+        )
+    shard = meshes.sizes(fv.mesh, processes)["shard"]
+    cuts_parameters = any(kind == "sharded" for _, kind in meshes.rules(fv.placement))
+    if shard > 1 and cuts_parameters and fv.compile == "step":
+        raise InputError(
+            f"--compile=step: one graph cannot gather the parameters of --mesh={fv.mesh}, expected block or off, or "
+            "--placement=optimizer"
         )
     if fv.momentum_dtype != "float32" and fv.optimizer != "sgd":
         raise InputError(f"--momentum_dtype={fv.momentum_dtype} is for --optimizer=sgd; found {fv.optimizer}")

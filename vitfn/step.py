@@ -10,11 +10,12 @@ from vitfn.compile import CompiledStep, compiled
 from vitfn.config import ViTConfig
 from vitfn.device import Device
 from vitfn.errors import InputError
+from vitfn.gathering import lent
 from vitfn.losses import Loss
+from vitfn.meshes import ONE, Cuts, Mesh, like, local
 from vitfn.optim import Optimizer, clip_by_global_norm, trained
-from vitfn.parallel import ALONE, Ranks
 from vitfn.tree import Tree
-from vitfn.vit import dropout_keys, forward
+from vitfn.vit import dropout_keys, forward, shapes
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), normalised; labels (B,) int64, or weights of the classes (B, K)
@@ -72,9 +73,12 @@ def _fused_block(params, x, config, keys=None, taps=None, branches=None):
     return layers.block(params, x, config, keys, taps, fused=True, branches=branches)
 
 
-def _make_forward(config: ViTConfig, precision: str, form: str, row: Device) -> Callable[..., Tensor]:
-    """(params, images, keys) -> logits, float32 after autocast, with one compiled block for all layers if so asked."""
-    dtype = PRECISIONS[precision]
+def _make_forward(config: ViTConfig, precision: str, form: str, row: Device, mesh: Mesh) -> Callable[..., Tensor]:
+    """(params, images, keys) -> logits, float32 after autocast, with one compiled block for all layers if so asked.
+
+    Of parameters that the mesh cuts it takes the parts.
+    """
+    dtype, cuts = PRECISIONS[precision], mesh.cuts(shapes(config), "sharded")
     block = compiled(_fused_block, row) if form == "block" else _fused_block
 
     def logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
@@ -83,12 +87,18 @@ def _make_forward(config: ViTConfig, precision: str, form: str, row: Device) -> 
         with torch.autocast(row.name, dtype):
             return forward(params, images, config, keys, block=block).float()
 
-    return logits
+    def gathering_logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        with lent(params, cuts, mesh.grid, row.overlaps) as whole:
+            return logits(whole, images, keys)
+
+    return gathering_logits if cuts else logits
 
 
-def _check_precision(precision: str) -> None:
+def _check(precision: str, compile: str, sharded: Cuts) -> None:
     if precision not in PRECISIONS:
         raise InputError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if sharded and compile == "step":
+        raise InputError("compile=step: one graph cannot gather sharded parameters; expected block or off")
 
 
 def make_train_step(
@@ -105,7 +115,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
     loss_scale: float = 0.0,
-    ranks: Ranks = ALONE,
+    mesh: Mesh = ONE,
 ) -> CompiledStep:
     """`train_step(state, (images, labels)) -> (state, metrics)`: one update by an `Optimizer` of the mean loss.
 
@@ -121,15 +131,19 @@ def make_train_step(
     Where compiling fails, less is compiled, or with `compile_fallback` false RunError is raised. `seed` draws the
     dropout masks. With `donate` the given state's memory is reused, and using that state again raises RuntimeError.
 
-    Of several `ranks` each gets its share of the batch, the images of `ranks.span`, and all make the same update, of
-    the mean over all: between forward and update the gradients are summed, outside of what is compiled. The metrics
-    then have `device_loss` too, the mean over the own share.
+    On a `mesh` of several ranks each gets its share of the batch, the images of `ranks.span`, and all make the same
+    update, of the mean over all: between forward and update the gradients are summed, outside of what is compiled. The
+    metrics then have `device_loss` too, the mean over the own share. The state's params are `mesh.placed(params)`, and
+    its opt_state is `optimizer.init(mesh.updated(params))`. Sharded parameters cannot be compiled as 'step'.
     """
-    _check_precision(precision)
+    ranks, sharded, split = mesh.ranks, *(mesh.cuts(shapes(config), kind) for kind in ("sharded", "optimizer"))
+    split = {path: dim for path, dim in split.items() if optimizer.rules.trains(path)}
+    cuts = {**sharded, **split}
+    _check(precision, compile, sharded)
     drops = bool(config.dropout_rate or config.attention_dropout_rate or config.stochastic_depth_rate)
 
     def build(form: str, row: Device) -> Callable:
-        logits = _make_forward(config, precision, form, row)
+        logits = _make_forward(config, precision, form, row, mesh)
         transform = torch.func.grad_and_value if form == "step" else grad_and_value
 
         def gradients(params, scales, images, labels, keys):
@@ -144,15 +158,15 @@ def make_train_step(
 
             return transform(part)(trained(params, optimizer.rules))
 
-        def finish(grads, value, own, step, params, opt_state, scales):
+        def finish(grads, norm, value, own, step, params, opt_state, scales):
             with torch.no_grad():
                 if scales:
-                    grads, value = tree.map(lambda leaf: leaf / scales["scale"], grads), value / scales["scale"]
-                norm = tree.norm(grads)
+                    grads = tree.map(lambda leaf: leaf / scales["scale"], grads)
+                    norm, value, own = (number / scales["scale"] for number in (norm, value, own))
                 finite = norm.isfinite()
                 metrics = {"loss": value, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
                 if ranks.count > 1:
-                    metrics["device_loss"] = own * ranks.count / (scales["scale"] if scales else 1)
+                    metrics["device_loss"] = own * ranks.count
                 if scales:
                     metrics["loss_scale"] = scales["scale"].clone()
                     scales = scales if loss_scale else scaling.adjusted(scales, finite)
@@ -160,12 +174,14 @@ def make_train_step(
                 params, opt_state = optimizer.update(grads, opt_state, params, step, finite=finite, donate=True)
             return step + 1, params, opt_state, scales, metrics
 
-        def update(step, params, opt_state, scales, parts):
-            grads, value = gradients(params, scales, *parts[0])
-            for part in parts[1:]:
-                more, more_value = gradients(params, scales, *part)
+        def update(step, params, opt_state, scales, batches):
+            grads, value = gradients(params, scales, *batches[0])
+            for batch in batches[1:]:
+                more, more_value = gradients(params, scales, *batch)
                 grads, value = tree.map(torch.add, grads, more), value + more_value  # not in place: leaves may overlap
-            return finish(*ranks.sum(grads, value), value, step, params, opt_state, scales)
+            grads, total = mesh.reduced(grads, value, sharded, split)
+            norm = mesh.norm(grads, cuts)
+            return finish(grads, norm, total, value, step, mesh.parts(params, split), opt_state, scales)
 
         if form == "step" and accumulation_steps == ranks.count == 1:
             update = compiled(update, row)
@@ -177,16 +193,20 @@ def make_train_step(
             if len(images) % accumulation_steps:
                 raise InputError(f"images: found {len(images)}, expected a multiple of {accumulation_steps=}")
             own = torch.Tensor.detach if donate else lambda leaf: leaf.detach().clone()
-            params, opt_state = tree.map(own, params), tree.map(own, opt_state)
+            parts, opt_parts = (tree.map(lambda leaf: own(local(leaf)), leaves) for leaves in (params, opt_state))
             scales = (scales or scaling.init(step.device, loss_scale)) if precision == "float16" else None
             places = torch.arange(len(images), device=images.device) + ranks.rank * len(images)
             chunks = places.chunk(accumulation_steps)
             keys = [dropout_keys(config, seed, step, chunk) if drops else None for chunk in chunks]
-            parts = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), keys, strict=True))
-            *fields, metrics = update(step, params, opt_state, scales, parts)
+            batches = list(zip(images.chunk(accumulation_steps), labels.chunk(accumulation_steps), keys, strict=True))
+            step, updated, opt_parts, scales, metrics = update(step, parts, opt_parts, scales, batches)
+            params, opt_state = (
+                tree.map(like, now, before)
+                for now, before in ((mesh.spread(updated, parts, split), params), (opt_parts, opt_state))
+            )
             if donate:
                 state._donate()
-            return TrainState(*fields), metrics
+            return TrainState(step, params, opt_state, scales), metrics
 
         return train_step
 
@@ -200,6 +220,7 @@ def make_eval_step(
     compile: str = "auto",
     compile_fallback: bool = True,
     loss: Loss = losses.softmax,
+    mesh: Mesh = ONE,
 ) -> CompiledStep:
     """`eval_step(params, (images, labels)) -> metrics`.
 
@@ -208,11 +229,12 @@ def make_eval_step(
     probability `confidence` (B,), and whether the label is among the `top5` (B,). With labels (B, K), of classes that
     do not exclude each other, `predicted` and `confidence` are (B, K), by the sigmoid, an image is correct where all of
     its classes are, and there is no `top5`. `precision`, `compile` and `compile_fallback` are as in `make_train_step`.
+    Parameters that the `mesh` shards are a TrainState's; then all ranks call it equally often.
     """
-    _check_precision(precision)
+    _check(precision, compile, mesh.cuts(shapes(config), "sharded"))
 
     def build(form: str, row: Device) -> Callable:
-        logits = _make_forward(config, precision, form, row)
+        logits = _make_forward(config, precision, form, row, mesh)
 
         def measure(params, images, labels):
             y = logits(params, images)
@@ -235,7 +257,7 @@ def make_eval_step(
 
         def eval_step(params: Tree, batch: Batch) -> Metrics:
             with torch.no_grad():
-                return measure(params, *batch)
+                return measure(tree.map(local, params), *batch)
 
         return eval_step
 

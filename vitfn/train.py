@@ -20,6 +20,7 @@ from vitfn import (
     flags,
     flops,
     losses,
+    meshes,
     optim,
     parallel,
     recipe,
@@ -37,6 +38,7 @@ from vitfn.data.batches import training_batches
 from vitfn.errors import InputError, RunError
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
+from vitfn.meshes import Mesh, whole
 from vitfn.metrics import measures
 from vitfn.parallel import Ranks
 from vitfn.run import RunDirectory
@@ -45,7 +47,7 @@ from vitfn.tree import Tree
 
 # Flags that a resumed run may change: where things are, and what is shown of them.
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
-         "checkpoint_every", "report", "tensorboard", "tcap_log")  # fmt: skip
+         "checkpoint_every", "report", "tensorboard", "tcap_log", "mesh", "placement")  # fmt: skip
 _NAMED = 3  # leaves that an error names
 log = logging.getLogger("vitfn")
 
@@ -65,10 +67,11 @@ def train(fv: FlagValues) -> int:
     row = device.find(fv.device)
     recipe.check(fv, row, ranks.count)
     with parallel.joined(ranks, row) as ranks:
-        return _train(fv, row, ranks)
+        return _train(fv, row, meshes.make(fv.mesh, fv.placement, ranks, row.name))
 
 
-def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
+def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
+    ranks = mesh.ranks
     directory = RunDirectory(
         fv.output_dir,
         fv.name,
@@ -88,11 +91,16 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
     if (found := fv.train_batch_size) > (size := dataset.train.size):
         raise InputError(f"--train_batch_size: found {found}, expected at most the {size} images of {fv.dataset}")
     config = recipe.for_data(config, len(dataset.class_names), dataset.train.channels)
-    params = tree.to(_starting_params(fv, config), row.name)
+    params = _starting_params(fv, config, mesh)
     precision = device.resolved_precision(row, fv.precision)
     optimizer = recipe.optimizer(fv, config)
     loss = recipe.loss(fv.loss, dataset.train.labels.ndim == 2)
-    shared: dict[str, Any] = {"precision": precision, "compile_fallback": fv.compile_fallback, "loss": loss}
+    shared: dict[str, Any] = {
+        "precision": precision,
+        "compile_fallback": fv.compile_fallback,
+        "loss": loss,
+        "mesh": mesh,
+    }
     train_step = make_train_step(
         config,
         optimizer,
@@ -102,12 +110,11 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
         label_smoothing=fv.label_smoothing,
         accumulation_steps=fv.gradient_accumulation_steps,
         loss_scale=fv.loss_scale,
-        ranks=ranks,
         **shared,
     )
     eval_step = make_eval_step(config, compile=fv.compile, **shared)
     training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
-    state, parameters = TrainState(0, params, optimizer.init(params)), tree.size(params)
+    state, parameters = TrainState(0, params, optimizer.init(mesh.updated(params))), tree.size(params)
     notes: dict[str, Any] = {}  # what a checkpoint knows beside the state
     del params  # the state has them, until it is donated
     predictions: list[Any] = []  # the last evaluation's, and where its images are
@@ -120,7 +127,7 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
     def evaluate_now(state: TrainState) -> dict[str, float]:
         predictions[:] = evaluate(
             eval_step,
-            optim.averaged(state.params, state.opt_state),
+            mesh.of_parameters(optim.averaged(state.params, state.opt_state)),
             testing,
             config,
             fv.eval_batch_size,
@@ -132,8 +139,12 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
         return measures(predictions[0])
 
     def save_best(state: TrainState) -> Any:
-        weights_now = snapshot.on_cpu(optim.averaged(state.params, state.opt_state))
-        return lambda: weights.save_npz(directory.best_path, weights_now, config, dataset.class_names)
+        weights_now = optim.averaged(state.params, state.opt_state)
+        if mesh.shards == 1:  # nothing is cut: the first process can write it later
+            weights_now = snapshot.on_cpu(weights_now) if ranks.first else {}
+            return lambda: weights.save_npz(directory.best_path, weights_now, config, dataset.class_names)
+        weights.save_npz(directory.best_path, weights_now, config, dataset.class_names, writes=ranks.first)
+        return None
 
     def describe_run() -> None:
         steps = {"train": train_step, "eval": eval_step}
@@ -149,6 +160,7 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
                     "precision": precision,
                     "compile": compiled,
                     "processes": ranks.count,
+                    "mesh": f"data={ranks.count // mesh.shards},shard={mesh.shards}",
                     "device_batch_size": fv.train_batch_size // ranks.count,
                     **device.facts(row),
                 },
@@ -184,8 +196,8 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
         if not finished:
             describe_run()
         final = optim.averaged(outcome.state.params, outcome.state.opt_state)
-        if fv.num_steps and ranks.first:
-            weights.save_npz(directory.model_path, final, config, dataset.class_names)
+        if fv.num_steps and (ranks.first or mesh.shards > 1):
+            weights.save_npz(directory.model_path, final, config, dataset.class_names, writes=ranks.first)
         # killed before it was written
         if fv.report and not predictions and not ranks.max(directory.report_path.exists()):
             evaluate_now(outcome.state)
@@ -246,10 +258,10 @@ def _warn(fv: FlagValues, described: weights.Description | None) -> None:
         log.info("--fp16_opt_level=%s means %s", fv.fp16_opt_level, meaning)
 
 
-def _starting_params(fv: FlagValues, config: ViTConfig) -> Tree:
+def _starting_params(fv: FlagValues, config: ViTConfig, mesh: Mesh) -> Tree:
     if not fv.pretrained_dir:
-        return vit.init(config, fv.seed)
-    params = weights.load(fv.pretrained_dir, config)
+        return vit.init(config, fv.seed, mesh.place)
+    params = mesh.placed(weights.load(fv.pretrained_dir, config, mesh.place if mesh.shards > 1 else None))
     if fv.head == "zero" and fv.num_steps:
         params["head"] = tree.map(torch.zeros_like, params["head"])
     return params
@@ -265,6 +277,7 @@ def _utilisation(config: ViTConfig, optimizer: optim.Optimizer, where: str, prec
 
 def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Loss) -> str:
     """Which leaves are not finite, or too large for a norm: parameters, or their gradients in float32, eagerly."""
+    params = tree.map(whole, state.params)
 
     def named(leaves: Tree, what: str) -> str:
         bad = [path for path, leaf in tree.flatten(leaves).items() if not torch.linalg.vector_norm(leaf).isfinite()]
@@ -275,8 +288,8 @@ def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Lo
         )
 
     images, labels = batch
-    grads, _ = grad_and_value(lambda params: loss(vit.apply(params, images, config), labels).mean())(state.params)
-    return named(state.params, "parameters") or named(grads, "gradients") or "in float32 they are"
+    grads, _ = grad_and_value(lambda params: loss(vit.apply(params, images, config), labels).mean())(params)
+    return named(params, "parameters") or named(grads, "gradients") or "in float32 they are"
 
 
 if __name__ == "__main__":

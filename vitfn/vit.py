@@ -70,15 +70,18 @@ _INITIALISERS: list[tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = [
 ]
 
 
-def init(config: ViTConfig, seed: int = 0) -> Tree:
-    """Fresh float32 parameters on the CPU; each leaf is a function of (seed, path, shape) alone."""
+def init(config: ViTConfig, seed: int = 0, place: Callable[[str, Tensor], Tensor] = lambda path, leaf: leaf) -> Tree:
+    """Fresh float32 parameters on the CPU; each leaf is a function of (seed, path, shape) alone.
+
+    `place(path, leaf)` may put each one elsewhere, or keep a part of it, before the next is made.
+    """
 
     def leaf(path: str, shape: tuple[int, ...]) -> Tensor:
         initialise = next(function for pattern, function in _INITIALISERS if re.fullmatch(pattern, path))
         generator = torch.Generator().manual_seed(rng.fold_in(rng.stream(seed, "init"), zlib.crc32(path.encode())))
         return initialise(torch.empty(shape), generator)
 
-    return tree.unflatten({path: leaf(path, shape) for path, shape in shapes(config).items()})
+    return tree.unflatten({path: place(path, leaf(path, shape)) for path, shape in shapes(config).items()})
 
 
 def sincos2d(config: ViTConfig, like: Tensor) -> Tensor:

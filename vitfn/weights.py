@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ from vitfn.errors import InputError
 from vitfn.files import replacing
 from vitfn.google import POSITIONS
 from vitfn.layout import Layout
+from vitfn.meshes import whole
 from vitfn.tree import Tree
 from vitfn.vit import shapes, sincos2d
 
 LAYOUTS = {layout.name: layout for layout in (*google.LAYOUTS, *foreign.LAYOUTS)}  # that can be written
+Place = Callable[[str, Tensor], Tensor]  # of a leaf by its path, on its way into a tree
 _LARGEST_COMMENT = 65535  # bytes, in a ZIP archive
 
 
@@ -61,17 +63,18 @@ def assumed(config: ViTConfig) -> str:
     return f"a square image, {config.gelu} GELU, LayerNorm epsilon {config.layer_norm_eps:g} and {pixels}"
 
 
-def load(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
+def load(path: str | os.PathLike, config: ViTConfig | None = None, place: Place | None = None) -> Tree:
     """The parameter tree of a file in any layout, float32 on the CPU, for `config` (without one: the file's own).
 
     npz, safetensors and torch files are read. A head of another class count, or none, becomes a head of zeros; a
     pre_logits layer that `config` lacks is dropped; position embeddings are resized to the config's grid, input
-    channels to its channels; LayerScale is folded into the layer before it; the log says each. Raises InputError for
-    what is no file of weights, and for missing, extra or misshapen arrays, with their names and shapes.
+    channels to its channels; LayerScale is folded into the layer before it; the log says each. `place(path, leaf)` puts
+    each leaf elsewhere, or keeps a part of it, before the next is read. Raises InputError for what is no file of
+    weights, and for missing, extra or misshapen arrays, with their names and shapes.
     """
     with Checkpoint(path) as checkpoint:
         own = checkpoint.config_for(config) if config else checkpoint.config
-        params, said = read(checkpoint, own, config or own)
+        params, said = read(checkpoint, own, config or own, place)
         if config is None and not checkpoint.stated:
             heads = "" if checkpoint.layout in google.LAYOUTS else f"{own.num_heads} heads, "
             said.insert(0, f"does not state its config; assumed {heads}{assumed(own)}")
@@ -80,21 +83,28 @@ def load(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:
     return params
 
 
-def read(checkpoint: Checkpoint, own: ViTConfig, target: ViTConfig) -> tuple[Tree, list[str]]:
+def read(
+    checkpoint: Checkpoint, own: ViTConfig, target: ViTConfig, place: Place | None = None
+) -> tuple[Tree, list[str]]:
     """The tree of an open file for the model `target`, and a line for each change.
 
-    `own` is the file's model: its `config`, or `config_for(target)`.
+    `own` is the file's model: its `config`, or `config_for(target)`. `place` is as in `load`.
     """
     to, wanted = adaptation(own, target), shapes(target)
     reached = shapes(to.config)
     compare(reached | dict.fromkeys(to.zeros, ()), wanted | dict.fromkeys(to.zeros, ()), checkpoint.path)
     needed = [path for path in wanted if path not in to.zeros and path in checkpoint.found]
-    leaves = checkpoint.read(needed, own)
-    for path in wanted.keys() - leaves.keys():  # a new head, and attention biases that the model does not have
-        leaves[path] = torch.zeros(wanted[path])
-    for path, change in to.change.items():
-        leaves[path] = change(leaves[path])
-    return tree.unflatten({path: leaves[path] for path in wanted}), [*checkpoint.said, *to.said]
+
+    def leaves(paths: Set[str]) -> dict[str, Tensor]:
+        read = checkpoint.read([path for path in paths if path in needed], own)
+        for path in paths - read.keys():  # a new head, and attention biases that the model does not have
+            read[path] = torch.zeros(wanted[path])
+        for path in paths & to.change.keys():
+            read[path] = to.change[path](read[path])
+        return read
+
+    found = {path: place(path, leaves({path})[path]) for path in wanted} if place else leaves(wanted.keys())
+    return tree.unflatten({path: found[path] for path in wanted}), [*checkpoint.said, *to.said]
 
 
 def save(
@@ -103,13 +113,15 @@ def save(
     config: ViTConfig | None = None,
     class_names: Sequence[str] | None = None,
     layout: str | None = None,
+    writes: bool = True,
 ) -> None:
     """The tree in a layout, by default 'original' in an npz file and 'timm' in safetensors; whole or not at all.
 
     The path's suffix, .npz or .safetensors, chooses the format; `file.npz:params/img` puts the arrays under a prefix,
     `file.npz:` under none. With `config`, the file describes itself: config and class names are JSON in the ZIP comment
     or the safetensors metadata or, where they would exceed a comment's 64 KB, the class names are in a .json file
-    beside it. Raises InputError for an unknown layout, and for a model that the layout has no place for.
+    beside it. Leaves that are cut over several processes are written one after the other: all processes call this, and
+    one `writes`. Raises InputError for an unknown layout, and for a model that the layout has no place for.
     """
     filename, prefix = split_path(os.fspath(path))
     layout = layout or default_layout(filename)
@@ -128,7 +140,11 @@ def save(
         flat |= {POSITIONS: fixed_positions(config)}
         config = dataclasses.replace(config, posemb="learn")
     arrays = stored(flat, config or ViTConfig(), chosen, prefix if filename != os.fspath(path) else chosen.prefix)
-    write_file(filename, arrays, _comment(filename, config, class_names) if config else b"")
+    if writes:
+        write_file(filename, arrays, _comment(filename, config, class_names) if config else b"")
+    else:
+        for _ in arrays:  # one leaf after the other is whole
+            pass
 
 
 def default_layout(filename: str) -> str:
@@ -173,7 +189,7 @@ def _joined(
     flat: Mapping[str, Tensor], groups: Mapping[str, list[str]], layout: Layout, prefix: str
 ) -> Iterator[tuple[str, Tensor]]:
     for own, paths in groups.items():
-        parts = [layout.store(path, flat[path]) for path in paths]
+        parts = [layout.store(path, whole(flat[path])) for path in paths]
         yield prefix + own, torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -195,8 +211,9 @@ def save_npz(
     config: ViTConfig | None = None,
     class_names: Sequence[str] | None = None,
     layout: str = "original",
+    writes: bool = True,
 ) -> None:
     """`save` as npz, with the names of 2020, which Google's, timm's and the seed's code read."""
     if not split_path(os.fspath(path))[0].endswith(".npz"):
         raise InputError(f"{path}: expected a path that ends in .npz")
-    save(path, params, config, class_names, layout)
+    save(path, params, config, class_names, layout, writes)

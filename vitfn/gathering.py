@@ -1,0 +1,148 @@
+"""Sharded parameters, whole while a part of the model needs them: gathered, freed after use, gathered for its backward.
+
+(ZeRO-3, Rajbhandari et al., arXiv 1910.02054, section 5.3.) Parts are the subtrees that `vit.forward` looks up.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfn import tree
+from vitfn.meshes import Cuts, gather, scatter
+from vitfn.tree import Tree
+
+
+@contextmanager
+def lent(params: Tree, cuts: Cuts, grid: Any, ahead: bool) -> Iterator[Tree]:
+    """`params` with the leaves at `cuts`, parts along a dimension, made whole when their subtree is looked up.
+
+    What autograd would keep of a whole leaf it gathers again instead; a gradient of one becomes that of the part,
+    summed over `grid`. With `ahead` the next block is gathered while one computes.
+    """
+    loan = _Loan(tree.flatten(params), cuts, grid, ahead)
+    with torch.autograd.graph.saved_tensors_hooks(loan.pack, loan.unpack):
+        yield _Lent(params, "", loan)
+        loan.drop()
+
+
+class _Lent(dict):
+    """A tree that asks a loan for the subtrees that hold leaves."""
+
+    def __init__(self, subtree: Tree, prefix: str, loan: "_Loan"):
+        super().__init__(subtree)
+        self._prefix, self._loan = prefix, loan
+
+    def __getitem__(self, name: str) -> Any:
+        path = self._prefix + name
+        if path == "Transformer":
+            return _Lent(super().__getitem__(name), "Transformer/", self._loan)
+        return self._loan.subtree(path) if path in self._loan.subtrees else super().__getitem__(name)
+
+
+class _Loan:
+    """The subtree that is whole at the moment, and the one that is on its way."""
+
+    def __init__(self, leaves: dict[str, Tensor], cuts: Cuts, grid: Any, ahead: bool):
+        self._leaves, self._cuts, self._grid, self._ahead = leaves, cuts, grid, ahead
+        self.subtrees: dict[str, list[str]] = {}  # the paths of the cut leaves by their subtree, in the model's order
+        for path in leaves:
+            if path in cuts:
+                self.subtrees.setdefault(_subtree(path), []).append(path)
+        self._whole: tuple[str, dict[str, Tensor]] = ("", {})  # one subtree's leaves by path
+        self._coming: tuple[str, list[Callable[[], Tensor]]] = ("", [])
+        self._summing: list[Callable[[], None]] = []  # of gradients, one subtree's
+
+    def drop(self) -> None:
+        self._whole, self._coming = ("", {}), ("", [])
+
+    def subtree(self, name: str) -> Any:
+        """The whole subtree, of which autograd knows."""
+        if self._whole[0] != name:
+            paths, waiting = self.subtrees[name], self._awaited(name)
+            parts = [self._leaves[path] for path in paths]
+            dims = [self._cuts[path] for path in paths]
+            whole = _Whole.apply(self, waiting, dims, *parts)
+            self._whole = name, dict(zip(paths, whole, strict=True))
+            self._start_beside(name, 1)
+        if name in self._leaves:  # a subtree of one leaf
+            return self._whole[1][name]
+        found = {path: self._whole[1].get(path, leaf) for path, leaf in self._leaves.items() if _subtree(path) == name}
+        return tree.unflatten({path.removeprefix(name + "/"): leaf for path, leaf in found.items()})
+
+    def _awaited(self, name: str) -> list[Callable[[], Tensor]]:
+        """What gathers a subtree, begun before or now; the one before it is let go first."""
+        self._whole = ("", {})
+        coming, self._coming = self._coming, ("", [])
+        return coming[1] if coming[0] == name else self._start(name)
+
+    def _start(self, name: str) -> list[Callable[[], Tensor]]:
+        return [gather(self._leaves[path].detach(), self._cuts[path], self._grid) for path in self.subtrees[name]]
+
+    def _start_beside(self, name: str, step: int) -> None:
+        names = list(self.subtrees)
+        place = names.index(name) + step
+        if self._ahead and 0 <= place < len(names):
+            self._coming = names[place], self._start(names[place])
+
+    def pack(self, saved: Tensor) -> Any:
+        """What autograd keeps of a tensor: itself, or where to find it in a leaf that can be gathered again."""
+        memory = saved.untyped_storage().data_ptr()
+        for path, leaf in self._whole[1].items():  # alive, so that no other tensor has its memory
+            if leaf.untyped_storage().data_ptr() == memory and leaf.dtype == saved.dtype:
+                return path, saved.shape, saved.stride(), saved.storage_offset()
+        return saved
+
+    def unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        path, *geometry = kept
+        if self._whole[0] != (name := _subtree(path)):
+            waiting = self._awaited(name)
+            self._whole = name, {own: finish() for own, finish in zip(self.subtrees[name], waiting, strict=True)}
+            self._start_beside(name, -1)
+        return self._whole[1][path].as_strided(*geometry)
+
+    def sums(self, grads: list[Tensor], dims: list[int], needed: list[bool]) -> list[Tensor | None]:
+        """The parts of the gradients' sums, which are there once the backward pass is over.
+
+        They are summed while the block below computes, and waited for before that one's.
+        """
+        self.settle()
+        torch.autograd.Variable._execution_engine.queue_callback(self.settle)
+        parts: list[Tensor | None] = []
+        for grad, dim, need in zip(grads, dims, needed, strict=True):
+            part, wait = scatter(grad, dim, self._grid) if need else (None, None)
+            parts.append(part)
+            self._summing += [wait] if wait else []
+        return parts
+
+    def settle(self) -> None:
+        for wait in self._summing:
+            wait()
+        self._summing = []
+
+
+def _subtree(path: str) -> str:
+    """The subtree that `vit.forward` looks up for a leaf."""
+    return "/".join(path.split("/")[: 2 if path.startswith("Transformer/") else 1])
+
+
+class _Whole(torch.autograd.Function):
+    """Whole leaves of parts, and parts of the gradients' sums."""
+
+    @staticmethod
+    def forward(ctx, loan, waiting, dims, *parts):
+        ctx.loan, ctx.dims = loan, dims
+        whole = tuple(finish() for finish in waiting)
+        ctx.mark_non_differentiable(
+            *(leaf for leaf, needed in zip(whole, ctx.needs_input_grad[3:], strict=True) if not needed)
+        )
+        return whole
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *ctx.loan.sums(grads, ctx.dims, needed)

@@ -3,7 +3,7 @@
 arguments: output file, mesh, placement, compile form, recipe; torchrun says the rest.
 """
 
-import json
+import dataclasses
 import sys
 
 import torch
@@ -20,7 +20,10 @@ CONFIG = ViTConfig(
 RECIPES = {
     "sgd": (100, lambda: optim.sgd(schedules.warmup_cosine(0.03, 100, 10))),
     "adamw": (20, lambda: optim.with_ema(optim.adamw(schedules.warmup_cosine(0.001, 20, 2), weight_decay=0.1), 0.9)),
-    "frozen": (5, lambda: optim.sgd(lambda step: 0.1, rules=optim.Rules(frozen="embedding/.*|.*_0/.*(query|value)/.*"))),
+    "frozen": (
+        5,
+        lambda: optim.sgd(lambda step: 0.1, rules=optim.Rules(frozen="embedding/.*|.*_0/.*(query|value)/.*")),
+    ),
 }
 BATCH = 16
 
@@ -34,7 +37,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (noise + pictures).float(), labels
 
 
-def main(out: str, mesh: str, placement: str, form: str, recipe: str) -> None:
+def main(out: str, mesh: str, placement: str, form: str, recipe: str, overlaps: str = "") -> None:
+    if overlaps:  # as on devices whose collectives leave the cores to computing
+        DEVICES["cpu"] = dataclasses.replace(DEVICES["cpu"], overlaps=True)
     ranks = parallel.from_environment()
     with parallel.joined(ranks, DEVICES["cpu"]) as ranks:
         made = meshes.make(mesh, placement, ranks, "cpu")

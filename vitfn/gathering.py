@@ -14,15 +14,18 @@ from vitfn import tree
 from vitfn.meshes import Cuts, gather, scatter
 from vitfn.tree import Tree
 
+_CAST = r"(?!.*conv).*kernel"  # factors of matrix products, which autocast casts
+
 
 @contextmanager
-def lent(params: Tree, cuts: Cuts, grid: Any, ahead: bool) -> Iterator[Tree]:
+def lent(params: Tree, cuts: Cuts, grid: Any, dtype: torch.dtype | None, ahead: bool) -> Iterator[Tree]:
     """`params` with the leaves at `cuts`, parts along a dimension, made whole when their subtree is looked up.
 
-    What autograd would keep of a whole leaf it gathers again instead; a gradient of one becomes that of the part,
-    summed over `grid`. With `ahead` the next block is gathered while one computes.
+    What autograd would keep of a whole leaf is gathered again instead; a gradient of one becomes that of the part, in
+    float32, summed over `grid`. What autocast to `dtype` would cast is cast before, which is the same for less to send
+    and to keep. With `ahead` the next block is gathered while one computes.
     """
-    loan = _Loan(tree.flatten(params), cuts, grid, ahead)
+    loan = _Loan(tree.flatten(params), cuts, grid, dtype, ahead)
     with torch.autograd.graph.saved_tensors_hooks(loan.pack, loan.unpack):
         yield _Lent(params, "", loan)
         loan.drop()
@@ -45,12 +48,12 @@ class _Lent(dict):
 class _Loan:
     """The subtree that is whole at the moment, and the one that is on its way."""
 
-    def __init__(self, leaves: dict[str, Tensor], cuts: Cuts, grid: Any, ahead: bool):
-        self._leaves, self._cuts, self._grid, self._ahead = leaves, cuts, grid, ahead
+    def __init__(self, leaves: dict[str, Tensor], cuts: Cuts, grid: Any, dtype: torch.dtype | None, ahead: bool):
+        self._leaves, self._cuts, self._grid, self._dtype, self._ahead = leaves, cuts, grid, dtype, ahead
         self.subtrees: dict[str, list[str]] = {}  # the paths of the cut leaves by their subtree, in the model's order
         for path in leaves:
             if path in cuts:
-                self.subtrees.setdefault(_subtree(path), []).append(path)
+                self.subtrees.setdefault(subtree_of(path), []).append(path)
         self._whole: tuple[str, dict[str, Tensor]] = ("", {})  # one subtree's leaves by path
         self._coming: tuple[str, list[Callable[[], Tensor]]] = ("", [])
         self._summing: list[Callable[[], None]] = []  # of gradients, one subtree's
@@ -69,7 +72,9 @@ class _Loan:
             self._start_beside(name, 1)
         if name in self._leaves:  # a subtree of one leaf
             return self._whole[1][name]
-        found = {path: self._whole[1].get(path, leaf) for path, leaf in self._leaves.items() if _subtree(path) == name}
+        found = {
+            path: self._whole[1].get(path, leaf) for path, leaf in self._leaves.items() if subtree_of(path) == name
+        }
         return tree.unflatten({path.removeprefix(name + "/"): leaf for path, leaf in found.items()})
 
     def _awaited(self, name: str) -> list[Callable[[], Tensor]]:
@@ -79,7 +84,11 @@ class _Loan:
         return coming[1] if coming[0] == name else self._start(name)
 
     def _start(self, name: str) -> list[Callable[[], Tensor]]:
-        return [gather(self._leaves[path].detach(), self._cuts[path], self._grid) for path in self.subtrees[name]]
+        def part(path: str) -> Tensor:
+            leaf = self._leaves[path].detach()
+            return leaf.to(self._dtype) if self._dtype and tree.matches(_CAST, path) else leaf
+
+        return [gather(part(path), self._cuts[path], self._grid) for path in self.subtrees[name]]
 
     def _start_beside(self, name: str, step: int) -> None:
         names = list(self.subtrees)
@@ -99,7 +108,7 @@ class _Loan:
         if isinstance(kept, Tensor):
             return kept
         path, *geometry = kept
-        if self._whole[0] != (name := _subtree(path)):
+        if self._whole[0] != (name := subtree_of(path)):
             waiting = self._awaited(name)
             self._whole = name, {own: finish() for own, finish in zip(self.subtrees[name], waiting, strict=True)}
             self._start_beside(name, -1)
@@ -114,7 +123,7 @@ class _Loan:
         torch.autograd.Variable._execution_engine.queue_callback(self.settle)
         parts: list[Tensor | None] = []
         for grad, dim, need in zip(grads, dims, needed, strict=True):
-            part, wait = scatter(grad, dim, self._grid) if need else (None, None)
+            part, wait = scatter(grad.float(), dim, self._grid) if need else (None, None)
             parts.append(part)
             self._summing += [wait] if wait else []
         return parts
@@ -125,7 +134,7 @@ class _Loan:
         self._summing = []
 
 
-def _subtree(path: str) -> str:
+def subtree_of(path: str) -> str:
     """The subtree that `vit.forward` looks up for a leaf."""
     return "/".join(path.split("/")[: 2 if path.startswith("Transformer/") else 1])
 

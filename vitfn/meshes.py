@@ -42,7 +42,12 @@ class Mesh:
 
     @property
     def shards(self) -> int:
+        """How many processes share a copy of the tree."""
         return self.grid.size(0) if self.grid else 1
+
+    @property
+    def copies(self) -> int:
+        return self.ranks.count // self.shards
 
     def cuts(self, shapes: Mapping[str, tuple[int, ...]], kind: str) -> Cuts:
         """Which of the leaves are of a kind, and cut where: along the first dimension, or the largest that can be.
@@ -83,25 +88,6 @@ class Mesh:
         for path, dim in self.cuts({path: leaf.shape for path, leaf in flat.items()}, "optimizer").items():
             flat[path] = self.cut(self.part(flat[path], dim).contiguous(), dim)
         return tree.unflatten(flat)
-
-    def reduced(self, grads: Tree, value: Tensor, sharded: Cuts, split: Cuts) -> tuple[Tree, Tensor]:
-        """The sums over all ranks of gradients, in float32, and of a number.
-
-        Those of `sharded` leaves come as sums over the ranks that share one, parts already; of `split` ones each
-        process gets its part.
-        """
-        if self.ranks.count == 1:
-            return grads, value
-        flat = {**tree.flatten(grads)}
-        started = {path: scatter(flat[path], dim, self.grid) for path, dim in split.items() if path in flat}
-        for path, (part, wait) in started.items():
-            wait()
-            flat[path] = part
-        parts = {path: leaf for path, leaf in flat.items() if path in sharded or path in split}
-        whole = {path: leaf for path, leaf in flat.items() if path not in parts} | {"": value}
-        flat |= _summed(whole, None) | (_summed(parts, self.grid.get_group("data")) if parts else {})
-        value = flat.pop("")
-        return tree.unflatten(flat), value
 
     def norm(self, grads: Tree, cuts: Cuts) -> Tensor:
         """The Euclidean norm of a tree of whole leaves and, at `cuts`, of parts."""
@@ -243,14 +229,3 @@ def scatter(leaf: Tensor, dim: int, grid: Any) -> tuple[Tensor, Callable[[], Non
             work.wait()
 
     return part, wait
-
-
-def _summed(leaves: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]:
-    """The sums over a group, or all: one collective, in float32, the same bits in each process."""
-    if group is not None and group.size() == 1:
-        return dict(leaves)
-    everything = torch.cat([leaf.reshape(-1) for leaf in leaves.values()])
-    with together():
-        dist.all_reduce(everything, group=group)
-    parts = everything.split([leaf.numel() for leaf in leaves.values()])
-    return {path: part.view(leaf.shape) for (path, leaf), part in zip(leaves.items(), parts, strict=True)}

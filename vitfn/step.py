@@ -14,6 +14,7 @@ from vitfn.gathering import lent
 from vitfn.losses import Loss
 from vitfn.meshes import ONE, Cuts, Mesh, like, local
 from vitfn.optim import Optimizer, clip_by_global_norm, trained
+from vitfn.sums import Sums
 from vitfn.tree import Tree
 from vitfn.vit import dropout_keys, forward, shapes
 
@@ -88,7 +89,7 @@ def _make_forward(config: ViTConfig, precision: str, form: str, row: Device, mes
             return forward(params, images, config, keys, block=block).float()
 
     def gathering_logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        with lent(params, cuts, mesh.grid, row.overlaps) as whole:
+        with lent(params, cuts, mesh.grid, dtype, row.overlaps) as whole:
             return logits(whole, images, keys)
 
     return gathering_logits if cuts else logits
@@ -146,10 +147,12 @@ def make_train_step(
         logits = _make_forward(config, precision, form, row, mesh)
         transform = torch.func.grad_and_value if form == "step" else grad_and_value
 
-        def gradients(params, scales, images, labels, keys):
+        def gradients(params, scales, batch, watched=None):
             """Of the part of the mean loss that these images have, scaled."""
+            images, labels, keys = batch
 
             def part(leaves: Tree) -> Tensor:
+                leaves = watched(leaves) if watched else leaves
                 # torch 2.7's Dynamo cannot trace | of dicts
                 everything = tree.unflatten({**tree.flatten(params), **tree.flatten(leaves)})
                 each = loss(logits(everything, images, keys), labels, label_smoothing)
@@ -175,11 +178,13 @@ def make_train_step(
             return step + 1, params, opt_state, scales, metrics
 
         def update(step, params, opt_state, scales, batches):
-            grads, value = gradients(params, scales, *batches[0])
+            sums = Sums(mesh, sharded, split) if ranks.count > 1 else None
+            watched = sums.watched if sums and row.overlaps and form != "step" and len(batches) == 1 else None
+            grads, value = gradients(params, scales, batches[0], watched)
             for batch in batches[1:]:
-                more, more_value = gradients(params, scales, *batch)
+                more, more_value = gradients(params, scales, batch)
                 grads, value = tree.map(torch.add, grads, more), value + more_value  # not in place: leaves may overlap
-            grads, total = mesh.reduced(grads, value, sharded, split)
+            grads, total = sums(grads, value) if sums else (grads, value)
             norm = mesh.norm(grads, cuts)
             return finish(grads, norm, total, value, step, mesh.parts(params, split), opt_state, scales)
 

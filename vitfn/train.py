@@ -160,7 +160,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
                     "precision": precision,
                     "compile": compiled,
                     "processes": ranks.count,
-                    "mesh": f"data={ranks.count // mesh.shards},shard={mesh.shards}",
+                    "mesh": f"data={mesh.copies},shard={mesh.shards}",
                     "device_batch_size": fv.train_batch_size // ranks.count,
                     **device.facts(row),
                 },

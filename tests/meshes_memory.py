@@ -1,0 +1,48 @@
+"""What each process of tests/test_meshes.py holds of ViT-B_16 in a step: parameters, optimizer state, what is gathered."""
+
+import json
+import sys
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from vitfn import get_config, meshes, optim, parallel, tree, vit
+from vitfn.device import DEVICES
+from vitfn.step import TrainState, make_train_step
+
+CONFIG = get_config("ViT-B_16", image_size=32, num_classes=1000)
+
+
+def main(mesh: str, placement: str, precision: str) -> None:
+    gathered: list[tuple[StorageWeakRef, int]] = []
+    peak, all_gather = 0, meshes._all_gather
+
+    def counting(whole, part, **options):
+        nonlocal peak
+        gathered.append((StorageWeakRef(whole.untyped_storage()), whole.untyped_storage().nbytes()))
+        gathered[:] = [(storage, size) for storage, size in gathered if not storage.expired()]
+        peak = max(peak, sum(size for _, size in gathered))
+        return all_gather(whole, part, **options)
+
+    meshes._all_gather = counting
+    with parallel.joined(parallel.from_environment(), DEVICES["cpu"]) as ranks:
+        made = meshes.make(mesh, placement, ranks, "cpu")
+        optimizer = optim.sgd(lambda step: 0.03)
+        params = vit.init(CONFIG, 0, made.place)
+        state = TrainState(0, params, optimizer.init(made.updated(params)))
+        del params
+        train_step = make_train_step(CONFIG, optimizer, compile="off", mesh=made, precision=precision)
+        batch = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)
+        for _ in range(2):
+            state, _ = train_step(state, batch)
+        lies = sum(
+            meshes.local(leaf).nbytes for leaves in (state.params, state.opt_state) for leaf in tree.leaves(leaves)
+        )
+        shares = ranks.gather((lies, peak))
+        if ranks.first:
+            print(json.dumps(shares))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What each process of tests/test_meshes.py holds of ViT-B_16 in a step: parameters, optimizer state, what is gathered."""
+"""What each process of tests/test_meshes.py holds of ViT-B_16 in a step: what lies there, and what is gathered at most."""
 
 import json
 import sys

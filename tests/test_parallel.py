@@ -223,8 +223,6 @@ def test_spans_are_the_whole_in_order_and_even(size, count):
 
 
 def test_one_process_talks_to_nobody():
-    grads = {"w": object()}
-    assert ALONE.sum(grads, 5) == (grads, 5)
     assert ALONE.gather("x") == ["x"]
     assert ALONE.max(7) == 7
     with ALONE.first_alone():

@@ -182,8 +182,8 @@ def rules(placement: str) -> tuple[tuple[str, str], ...]:
 
 def whole(leaf: Any) -> Tensor:
     """The whole of a leaf of a TrainState; of one that is cut, all ranks ask for it together."""
-    with together():
-        return leaf.full_tensor() if is_cut(leaf) else leaf
+    # not leaf.full_tensor(): torch 2.7 has no functional collectives for devices that others register
+    return gather(leaf.to_local(), leaf.placements[0].dim, leaf.device_mesh)() if is_cut(leaf) else leaf
 
 
 def is_cut(leaf: Any) -> bool:

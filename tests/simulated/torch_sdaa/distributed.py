@@ -22,7 +22,7 @@ class _Tccl(dist.ProcessGroup):
             if tensor.device.type != "sdaa":
                 raise RuntimeError(f"tccl: found a tensor on {tensor.device}, expected sdaa")
         host = [torch.ops.simulated_sdaa.host(tensor) for tensor in tensors]
-        self._used = [host, *self._used[:3]]  # an allgather makes several lists
+        self._used = [host, *self._used[:63]]  # several collectives may be under way
         return host
 
     def getBackendName(self):
@@ -44,6 +44,15 @@ class _Tccl(dist.ProcessGroup):
 
     def allgather(self, outputs, inputs, options=None):
         return self._gloo.allgather([self._host(each) for each in outputs], self._host(inputs))
+
+    def _allgather_base(self, output, input, options=None):
+        return self._gloo._allgather_base(*self._host([output, input]), options or dist.AllgatherOptions())
+
+    def _reduce_scatter_base(self, output, input, options=None):
+        return self._gloo._reduce_scatter_base(*self._host([output, input]), options or dist.ReduceScatterOptions())
+
+    # as torch 2.13 calls them
+    all_gather_single, reduce_scatter_single = _allgather_base, _reduce_scatter_base
 
     def barrier(self, opts=None):
         return self._gloo.barrier()

@@ -34,7 +34,7 @@ from vitfn.config import ViTConfig
 from vitfn.data import Files, Split, load
 from vitfn.data.augment import augment, crop
 from vitfn.data.batches import training_batches
-from vitfn.errors import InputError, RunError
+from vitfn.errors import InputError
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
 from vitfn.metrics import measures
@@ -75,7 +75,7 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
         resume=fv.resume,
         keep=fv.keep_checkpoints,
         tensorboard=fv.tensorboard,
-        writes=ranks.first,
+        ranks=ranks,
     )
     settings = {name: value for name, value in fv.flag_values_dict().items() if name not in ("help", "h", "flagfile")}
     _check_unchanged(directory, settings)
@@ -161,10 +161,7 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
         if saved := directory.snapshots.latest(state) if fv.resume else None:
             state, notes = saved
             log.info("going on after step %d", int(state.step))
-        if len(found := set(ranks.gather(int(state.step)))) > 1:
-            raise RunError(
-                f"{directory.path}: the processes found steps {found}; expected a folder that all of them share"
-            )
+        notes["model"] = {"config": dataclasses.asdict(config), "class_names": dataset.class_names}
         if not (finished := int(state.step) == fv.num_steps > 0):
             describe_run()
         job = Job(

@@ -18,6 +18,8 @@ from torch import Tensor
 from vitfn.archive import Archive, blaming, what_is, write_archive
 from vitfn.errors import InputError
 from vitfn.files import replacing
+from vitfn.gathered import Gathered, is_checkpoint
+from vitfn.sharded import Directory, is_complete
 from vitfn.torchfile import TorchFile
 
 FORMATS = ("npz", "safetensors")  # those that can be written
@@ -38,11 +40,16 @@ class File(Protocol):
 
 def open_file(path: str | os.PathLike) -> File:
     """The file opened by its content, whatever its name. Raises InputError for what holds no arrays."""
+    if is_complete(path):
+        directory = Directory(path)
+        directory.verify()
+        return Gathered(directory)
     try:
         with open(path, "rb") as file:
             start = file.read(16)
         if start.startswith(b"PK") and not _is_torch_archive(path):
-            return Archive(path)
+            archive = Archive(path)
+            return Gathered(archive) if is_checkpoint(archive) else archive
         if start[8:9] == b"{":
             return Safetensors(path)
         if start.startswith((b"PK", b"\x80")):

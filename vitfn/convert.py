@@ -1,24 +1,29 @@
 """Converts weights between layouts, and a model's size on the way: python -m vitfn.convert IN OUT [--to=LAYOUT]
 
 IN is an npz, safetensors or torch file of a Vision Transformer in any layout that vitfn knows; `file.npz:params/img` is
-a part of one. OUT ends in .npz or .safetensors and is replaced; `file.npz:params/img` puts the arrays under a prefix.
+a part of one. Or it is a run's checkpoint, a directory that several processes wrote or a file: its averaged weights.
+OUT ends in .npz or .safetensors and is replaced; `file.npz:params/img` puts the arrays under a prefix.
 """
 
 import dataclasses
+import math
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl.flags import FlagValues
+from torch import Tensor
 
 from vitfn import flags, flagtypes
 from vitfn.checkpoint import Checkpoint, split_path
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
 from vitfn.errors import InputError
+from vitfn.gathered import Gathered
 from vitfn.layout import Layout
-from vitfn.tree import size
-from vitfn.weights import LAYOUTS, default_layout, read, save
+from vitfn.vit import shapes
+from vitfn.weights import LAYOUTS, default_layout, read, save, save_leaves
 
 
 def main(argv: list[str]) -> int:
@@ -32,19 +37,40 @@ def convert(fv: FlagValues, source: str, destination: str) -> None:
     with Checkpoint(source, flagtypes.parse_assumed(fv.assume)) as checkpoint:
         own = checkpoint.config
         target = _target(fv, own)
-        params, said = read(checkpoint, own, target)
         class_names = checkpoint.class_names() if target.num_classes == own.num_classes else None
-    save(destination, params, target, class_names, layout.name)
+        if target == own and isinstance(checkpoint.file, Gathered):  # of any size: leaf by leaf
+            said = checkpoint.said
+            save_leaves(destination, _Leaves(checkpoint), checkpoint.found, own, class_names, layout.name)
+        else:
+            params, said = read(checkpoint, own, target)
+            save(destination, params, target, class_names, layout.name)
     height, width = target.image_hw
+    parameters = sum(map(math.prod, shapes(target).values()))
     rows = [
         ("from", f"{source} ({checkpoint.file.kind}, {checkpoint.layout.name})"),
-        ("model", f"{target.name}, {height}x{width} px, {target.num_classes:,} classes, {size(params):,} parameters"),
+        ("model", f"{target.name}, {height}x{width} px, {target.num_classes:,} classes, {parameters:,} parameters"),
         *(("changed", line) for line in said),
         ("to", f"{destination} ({layout.name}, {os.path.getsize(split_path(destination)[0]):,} bytes)"),
         *(("note", line) for line in caveats(target, layout)),
     ]
     for name, value in rows:
         print(f"{name:<10} {value}")
+
+
+class _Leaves(Mapping):
+    """The leaves of an open file by path, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._checkpoint.read([path], self._checkpoint.config)[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(shapes(self._checkpoint.config))
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.found)
 
 
 def _target(fv: FlagValues, own: ViTConfig) -> ViTConfig:

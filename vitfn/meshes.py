@@ -7,7 +7,7 @@ DTensor in a TrainState; within a step each process works on its own part, a pla
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -126,6 +126,22 @@ class Mesh:
         sharded = self.cuts({path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}, "sharded")
         flat = tree.flatten(params)
         return tree.unflatten({path: leaf if path in sharded else whole(leaf) for path, leaf in flat.items()})
+
+
+class Wholes(Mapping):
+    """Leaves of a TrainState by path, each whole when it is asked for, by all ranks in the same order."""
+
+    def __init__(self, leaves: Tree):
+        self._flat = tree.flatten(leaves)
+
+    def __getitem__(self, path: str) -> Tensor:
+        return whole(self._flat[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flat)
+
+    def __len__(self) -> int:
+        return len(self._flat)
 
 
 ONE = Mesh()

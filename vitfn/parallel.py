@@ -18,13 +18,15 @@ from vitfn.errors import InputError, RunError, one_line
 class Ranks:
     """This process among `count`: `rank` of all, from 0, and `local` of those on its machine.
 
-    `host` is the process group of what the hosts tell each other; gradients go through the devices' own.
+    `host` is the process group of what the hosts tell each other; gradients go through the devices' own. `saving` is
+    one for the thread that writes checkpoints while the others are in use.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     host: Any = None
+    saving: Any = None
 
     @property
     def first(self) -> bool:
@@ -102,12 +104,12 @@ def joined(ranks: Ranks, row: device.Device) -> Iterator[Ranks]:
         yield ranks
         return
     dist.init_process_group(row.collectives)
-    host = dist.new_group(backend="gloo")
+    host, saving = (dist.new_group(backend="gloo") for _ in range(2))
     try:
-        yield dataclasses.replace(ranks, host=host)
+        yield dataclasses.replace(ranks, host=host, saving=saving)
     finally:
         # torch 2.7 holds the interpreter's lock while it ends a group of Gloo and waits for its threads, which may need
         # the lock to free a tensor: one more reference leaves the groups to the end of the process.
-        for group in (dist.group.WORLD, host):
+        for group in (dist.group.WORLD, host, saving):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         dist.destroy_process_group()

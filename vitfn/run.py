@@ -8,14 +8,15 @@ from typing import Any
 
 from vitfn.errors import InputError, RunError
 from vitfn.files import replacing
+from vitfn.parallel import ALONE, Ranks
 from vitfn.snapshot import Snapshots
 
 
 class RunDirectory:
     """`<output_dir>/<name>/`: new, or with `resume` one that is there; made on entering the context.
 
-    So a refused run leaves nothing. `tensorboard` also writes the metrics for TensorBoard. Of several processes that
-    run together only one `writes`; the others read.
+    So a refused run leaves nothing. `tensorboard` also writes the metrics for TensorBoard. Of several `ranks` that run
+    together only the first writes, but for their shares of checkpoints.
     """
 
     def __init__(
@@ -26,13 +27,13 @@ class RunDirectory:
         resume: bool = False,
         keep: int = 2,
         tensorboard: bool = False,
-        writes: bool = True,
+        ranks: Ranks = ALONE,
     ):
-        self._writes = writes
+        self._writes = writes = ranks.first
         self.path = Path(output_dir) / name
         self.model_path, self.best_path = self.path / "model.npz", self.path / "best.npz"
         self.report_path = self.path / "report.html"
-        self.snapshots = Snapshots(self.path / "checkpoints", keep, writes)
+        self.snapshots = Snapshots(self.path / "checkpoints", keep, ranks)
         self._summary_writer = _summary_writer() if tensorboard and writes else None
         self._metrics: Any = None
         self._writer: Any = None
@@ -49,6 +50,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             for leftover in self.path.glob("**/.*.tmp"):  # of a writer that was killed
                 leftover.unlink()
+            self.snapshots.clean()
             (self.path / "metrics.jsonl").touch()
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"--output_dir, --name: {self.path}: found a file, expected a folder") from None

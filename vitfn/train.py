@@ -35,10 +35,10 @@ from vitfn.config import ViTConfig
 from vitfn.data import Files, Split, load
 from vitfn.data.augment import augment, crop
 from vitfn.data.batches import training_batches
-from vitfn.errors import InputError, RunError
+from vitfn.errors import InputError
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
-from vitfn.meshes import Mesh, whole
+from vitfn.meshes import Mesh, Wholes, whole
 from vitfn.metrics import measures
 from vitfn.parallel import Ranks
 from vitfn.run import RunDirectory
@@ -78,7 +78,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
         resume=fv.resume,
         keep=fv.keep_checkpoints,
         tensorboard=fv.tensorboard,
-        writes=ranks.first,
+        ranks=ranks,
     )
     settings = {name: value for name, value in fv.flag_values_dict().items() if name not in ("help", "h", "flagfile")}
     _check_unchanged(directory, settings)
@@ -138,12 +138,16 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
         )
         return measures(predictions[0])
 
+    def save_now(path: Path, leaves: Tree) -> None:
+        found, model = vit.shapes(config), (config, dataset.class_names)
+        weights.save_leaves(path, Wholes(leaves), found, *model, writes=ranks.first)
+
     def save_best(state: TrainState) -> Any:
         weights_now = optim.averaged(state.params, state.opt_state)
         if mesh.shards == 1:  # nothing is cut: the first process can write it later
             weights_now = snapshot.on_cpu(weights_now) if ranks.first else {}
             return lambda: weights.save_npz(directory.best_path, weights_now, config, dataset.class_names)
-        weights.save_npz(directory.best_path, weights_now, config, dataset.class_names, writes=ranks.first)
+        save_now(directory.best_path, weights_now)
         return None
 
     def describe_run() -> None:
@@ -173,10 +177,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
         if saved := directory.snapshots.latest(state) if fv.resume else None:
             state, notes = saved
             log.info("going on after step %d", int(state.step))
-        if len(found := set(ranks.gather(int(state.step)))) > 1:
-            raise RunError(
-                f"{directory.path}: the processes found steps {found}; expected a folder that all of them share"
-            )
+        notes["model"] = {"config": dataclasses.asdict(config), "class_names": dataset.class_names}
         if not (finished := int(state.step) == fv.num_steps > 0):
             describe_run()
         job = Job(
@@ -196,8 +197,8 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
         if not finished:
             describe_run()
         final = optim.averaged(outcome.state.params, outcome.state.opt_state)
-        if fv.num_steps and (ranks.first or mesh.shards > 1):
-            weights.save_npz(directory.model_path, final, config, dataset.class_names, writes=ranks.first)
+        if fv.num_steps:
+            save_now(directory.model_path, final)
         # killed before it was written
         if fv.report and not predictions and not ranks.max(directory.report_path.exists()):
             evaluate_now(outcome.state)

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,7 @@ from vitfn.containers import write_file
 from vitfn.errors import InputError
 from vitfn.files import replacing
 from vitfn.google import POSITIONS
-from vitfn.layout import Layout
-from vitfn.meshes import whole
+from vitfn.layout import Layout, Shape
 from vitfn.tree import Tree
 from vitfn.vit import shapes, sincos2d
 
@@ -113,16 +113,32 @@ def save(
     config: ViTConfig | None = None,
     class_names: Sequence[str] | None = None,
     layout: str | None = None,
-    writes: bool = True,
 ) -> None:
     """The tree in a layout, by default 'original' in an npz file and 'timm' in safetensors; whole or not at all.
 
     The path's suffix, .npz or .safetensors, chooses the format; `file.npz:params/img` puts the arrays under a prefix,
     `file.npz:` under none. With `config`, the file describes itself: config and class names are JSON in the ZIP comment
     or the safetensors metadata or, where they would exceed a comment's 64 KB, the class names are in a .json file
-    beside it. Leaves that are cut over several processes are written one after the other: all processes call this, and
-    one `writes`. Raises InputError for an unknown layout, and for a model that the layout has no place for.
+    beside it. Raises InputError for an unknown layout, and for a model that the layout has no place for.
     """
+    flat = tree.flatten(params)
+    save_leaves(path, flat, {name: tuple(leaf.shape) for name, leaf in flat.items()}, config, class_names, layout)
+
+
+def save_leaves(
+    path: str | os.PathLike,
+    leaves: Mapping[str, Tensor],
+    found: Mapping[str, Shape],
+    config: ViTConfig | None = None,
+    class_names: Sequence[str] | None = None,
+    layout: str | None = None,
+    writes: bool = True,
+) -> None:
+    """`save` of leaves by path, of the shapes `found`, each of which may be made when it is asked for.
+
+    Where several processes make it together, all call this, and one `writes`.
+    """
+    flat: MutableMapping[str, Tensor] = ChainMap({}, leaves)  # type: ignore[arg-type]  # the first is written to
     filename, prefix = split_path(os.fspath(path))
     layout = layout or default_layout(filename)
     if layout not in LAYOUTS:
@@ -131,13 +147,12 @@ def save(
     if class_names and (config is None or len(class_names) != config.num_classes):
         expected = f"{config.num_classes}, as the config has" if config else "a config beside them"
         raise InputError(f"class_names: found {len(class_names)}, expected {expected}")
-    flat = tree.flatten(params)
     if config:
-        compare({name: tuple(leaf.shape) for name, leaf in flat.items()}, shapes(config), path)
+        compare(found, shapes(config), path)
     elif chosen not in google.LAYOUTS:
         raise InputError(f"layout={layout}: found no config, expected one, which other people's names depend on")
     if config and config.posemb == "sincos2d" and chosen not in google.LAYOUTS:
-        flat |= {POSITIONS: fixed_positions(config)}
+        flat[POSITIONS] = fixed_positions(config)
         config = dataclasses.replace(config, posemb="learn")
     arrays = stored(flat, config or ViTConfig(), chosen, prefix if filename != os.fspath(path) else chosen.prefix)
     if writes:
@@ -166,7 +181,7 @@ def _comment(filename: str, config: ViTConfig, class_names: Sequence[str] | None
 
 def stored(flat: Mapping[str, Tensor], config: ViTConfig, layout: Layout, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The arrays of a layout, by name, from the leaves of a tree by path."""
-    flat = dict(flat)
+    flat = ChainMap({}, flat)  # type: ignore[arg-type]
     if config.classifier not in layout.classifiers:
         raise InputError(f"layout={layout.name}: found the classifier {config.classifier!r}, for which it has no place")
     if layout.name.startswith("huggingface") and config.representation_size and config.num_classes:
@@ -189,7 +204,7 @@ def _joined(
     flat: Mapping[str, Tensor], groups: Mapping[str, list[str]], layout: Layout, prefix: str
 ) -> Iterator[tuple[str, Tensor]]:
     for own, paths in groups.items():
-        parts = [layout.store(path, whole(flat[path])) for path in paths]
+        parts = [layout.store(path, flat[path]) for path in paths]
         yield prefix + own, torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -211,9 +226,8 @@ def save_npz(
     config: ViTConfig | None = None,
     class_names: Sequence[str] | None = None,
     layout: str = "original",
-    writes: bool = True,
 ) -> None:
     """`save` as npz, with the names of 2020, which Google's, timm's and the seed's code read."""
     if not split_path(os.fspath(path))[0].endswith(".npz"):
         raise InputError(f"{path}: expected a path that ends in .npz")
-    save(path, params, config, class_names, layout, writes)
+    save(path, params, config, class_names, layout)

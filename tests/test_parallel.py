@@ -136,7 +136,11 @@ def test_several_processes_make_the_run_of_one(tmp_path, alone, name, processes)
     line = re.findall(r"rank : (\d)  train.loss : ([\d.e-]+)  train.ips : ([\d.]+) imgs/s", done.stdout)[-1]
     assert line == ("0", str(last["train/device_loss"]), str(last["train/device_images_per_second"]))
     assert done.stdout.count("TCAPPDLL") == 30
-    assert re.search(rf"^devices +{processes}, {16 // processes} images of a batch each$", done.stdout, re.M)
+    assert re.search(
+        rf"^devices +{processes}, {16 // processes} images of a batch each, data={processes},shard=1$",
+        done.stdout,
+        re.M,
+    )
     assert done.stdout.count("test accuracy") == 1
     resolved = json.loads((tmp_path / "run/config.json").read_text())["resolved"]
     assert (resolved["processes"], resolved["device_batch_size"]) == (processes, 16 // processes)

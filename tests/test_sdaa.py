@@ -97,7 +97,7 @@ def test_four_devices_make_the_curve_of_one(train, float32):
     four, stdout, _ = train("four", *argv, launcher=CARD)
     assert relative_error(four, float32) <= 1e-6
     assert accuracy(four) == accuracy(float32)
-    assert re.search(r"^devices +4, 4 images of a batch each$", stdout, re.M)
+    assert re.search(r"^devices +4, 4 images of a batch each, data=4,shard=1$", stdout, re.M)
     assert len(re.findall(r"rank : 0  train.loss : [\d.e-]+  train.ips : [\d.]+ imgs/s", stdout)) == 40
     assert "rank : 1" not in stdout
 

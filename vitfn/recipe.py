@@ -46,9 +46,8 @@ def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
             f"--train_batch_size: found {fv.train_batch_size}, expected a multiple of "
             f"--gradient_accumulation_steps={parts}{among}"
         )
-    shard = meshes.sizes(fv.mesh, processes)["shard"]
-    cuts_parameters = any(kind == "sharded" for _, kind in meshes.rules(fv.placement))
-    if shard > 1 and cuts_parameters and fv.compile == "step":
+    shards, kinds = meshes.sizes(fv.mesh, processes)["shard"], [kind for _, kind in meshes.rules(fv.placement)]
+    if shards > 1 and "sharded" in kinds and fv.compile == "step":
         raise InputError(
             f"--compile=step: one graph cannot gather the parameters of --mesh={fv.mesh}, expected block or off, or "
             "--placement=optimizer"

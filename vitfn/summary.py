@@ -27,7 +27,7 @@ def table(directory: RunDirectory, dataset: Dataset, outcome: Outcome, peak_memo
         "device": f"{resolved['device']}, {resolved['precision']}, compile={form}{failed}",
     }
     if (processes := resolved["processes"]) > 1:
-        rows["devices"] = f"{processes}, {resolved['device_batch_size']} images of a batch each"
+        rows["devices"] = f"{processes}, {resolved['device_batch_size']} images of a batch each, {resolved['mesh']}"
     if outcome.updates:
         others = (outcome.updates - 1) * batch / outcome.other_seconds if outcome.updates > 1 else 0
         rows["steps"] = (

@@ -15,6 +15,7 @@ from vitfn.data.crops import SAMPLERS
 from vitfn.device import DEVICES
 from vitfn.flagtypes import BatchParser, Definitions, PairParser, SizeParser
 from vitfn.losses import LOSSES
+from vitfn.parallel import TIMEOUT
 from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
@@ -204,6 +205,13 @@ def train_flags(fv: flags.FlagValues) -> None:
         -1,
         "Number of this process on its machine, from 0, as older launchers pass it; -1: as torchrun sets it.",
         -1,
+    )
+    define.integer(
+        "timeout",
+        TIMEOUT,
+        "Seconds, at least 1, that a process waits for the others before the run ends and names who is lost; first "
+        "compiles, and what one process writes or downloads, may differ by minutes.",
+        1,
     )
 
 

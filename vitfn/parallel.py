@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,19 +15,26 @@ from torch import Tensor
 from vitfn import device, tree
 from vitfn.errors import InputError, RunError, one_line
 from vitfn.tree import Tree
+from vitfn.watch import Watch
+
+TIMEOUT = 600  # seconds: first compiles, and what one process writes, may differ by minutes
+_BEFORE = 30  # seconds by which the hosts' timeout comes before a device's own, which ends a process without a name
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """This process among `count`: `rank` of all, from 0, and `local` of those on its machine.
 
-    `host` is the process group of what the hosts tell each other; gradients go through the devices' own.
+    `host` is the process group of what the hosts tell each other; gradients go through the devices' own. `watch`
+    names who is lost. `store` is torchrun's, which lives through its restarts.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     host: Any = None
+    watch: Watch | None = None
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -43,7 +51,7 @@ class Ranks:
             return grads, value
         flat = {**tree.flatten(grads), "": value}
         everything = torch.cat([leaf.reshape(-1) for leaf in flat.values()])
-        with _together():
+        with self.together():
             dist.all_reduce(everything)
         parts = everything.split([leaf.numel() for leaf in flat.values()])
         summed = {path: part.reshape(leaf.shape) for (path, leaf), part in zip(flat.items(), parts, strict=True)}
@@ -55,7 +63,7 @@ class Ranks:
         if self.count == 1:
             return [of_each]
         found = [None] * self.count
-        with _together():
+        with self.together():
             dist.all_gather_object(found, of_each, group=self.host)
         return found
 
@@ -64,9 +72,31 @@ class Ranks:
         if self.count == 1:
             return number
         found = torch.tensor(int(number))
-        with _together():
+        with self.together():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
         return int(found)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all processes do at once. Raises RunError, which names who is lost, where that fails."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.begun += 1
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.watch.lost()
+            raise RunError(f"the processes of the run lost each other: {lost} ({one_line(error, 200)})") from None
+
+    def remember(self, what: str) -> None:
+        """Notes something for the next start of the same job by torchrun."""
+        if self.store and self.first:
+            self.store.set(what, "")
+
+    def remembers(self, what: str) -> bool:
+        """Whether an earlier start of the same job by torchrun noted it: the same answer in all processes."""
+        return bool(self.max(int(self.first and self.store is not None and self.store.check([what]))))
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -79,17 +109,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = one_line(error, 200)
-        raise RunError(
-            f"the processes of the run lost each other: one of them has ended, or hangs ({reason})"
-        ) from None
 
 
 def process_name() -> str:
@@ -109,19 +128,63 @@ def from_environment(local_rank: int = -1) -> Ranks:
 
 
 @contextlib.contextmanager
-def joined(ranks: Ranks, row: device.Device) -> Iterator[Ranks]:
-    """The ranks connected, each with its device selected, while the context lasts."""
+def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator[Ranks]:
+    """The ranks connected, each with its device selected, while the context lasts.
+
+    `timeout` is how many seconds a process waits for the others in a collective, and at the start.
+    """
     device.select(row, ranks.local)
+    # torchrun's agent keeps the store, and keeps it through restarts; started by hand, the first process does
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.count == 1:
-        yield ranks
+        yield dataclasses.replace(ranks, store=_store(ranks, launched, timeout) if launched else None)
         return
-    dist.init_process_group(row.collectives)
-    host = dist.new_group(backend="gloo")
+    store = _store(ranks, launched, timeout)
+    # torch 2.7 and later share one store among all restarts; without a place of its own each would find the last one's
+    place = f"vitfn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    watch = Watch(
+        lambda: dist.PrefixStore(place, _store(ranks, True, timeout)),
+        ranks.rank,
+        ranks.count,
+        "the first machine's torchrun" if launched else "process 0",
+    )
+    ranks = dataclasses.replace(ranks, watch=watch, store=store if launched else None)
+    groups: list[Any] = []
     try:
-        yield dataclasses.replace(ranks, host=host)
+        with ranks.together():
+            later = timeout if row.collectives == "gloo" else timeout + _BEFORE
+            dist.init_process_group(
+                row.collectives,
+                store=dist.PrefixStore(place, store),
+                rank=ranks.rank,
+                world_size=ranks.count,
+                timeout=timedelta(seconds=later),
+            )
+            groups = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))]
+        ranks = dataclasses.replace(ranks, host=groups[1])
+        yield ranks
+        watch.close()
+        ranks.max(0)  # the first process may keep the store, so it ends after the others' threads
     finally:
+        watch.close()
         # torch 2.7 holds the interpreter's lock while it ends a group of Gloo and waits for its threads, which may need
         # the lock to free a tensor: one more reference leaves the groups to the end of the process.
-        for group in (dist.group.WORLD, host):
+        for group in groups:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-        dist.destroy_process_group()
+        if groups:
+            dist.destroy_process_group()
+
+
+def _store(ranks: Ranks, kept: bool, timeout: int) -> dist.Store:
+    """A client of the store where the processes meet; unless it is `kept` by another, the first process keeps it."""
+    try:
+        where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as missing:
+        raise InputError(
+            f"WORLD_SIZE={ranks.count}: found no {missing.args[0]} in the environment; start it with torchrun"
+        ) from None
+    try:
+        keeps = ranks.first and not kept
+        return dist.TCPStore(where, port, None, keeps, timedelta(seconds=timeout), wait_for_workers=False)
+    except RuntimeError as error:
+        raise RunError(f"MASTER_ADDR={where}, MASTER_PORT={port}: no store there ({one_line(error, 200)})") from None

@@ -45,7 +45,7 @@ from vitfn.tree import Tree
 
 # Flags that a resumed run may change: where things are, and what is shown of them.
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
-         "checkpoint_every", "report", "tensorboard", "tcap_log")  # fmt: skip
+         "checkpoint_every", "report", "tensorboard", "tcap_log", "timeout")  # fmt: skip
 _NAMED = 3  # leaves that an error names
 log = logging.getLogger("vitfn")
 
@@ -64,15 +64,18 @@ def train(fv: FlagValues) -> int:
         log.setLevel(logging.ERROR)  # one process tells
     row = device.find(fv.device)
     recipe.check(fv, row, ranks.count)
-    with parallel.joined(ranks, row) as ranks:
+    with parallel.joined(ranks, row, fv.timeout) as ranks:
         return _train(fv, row, ranks)
 
 
 def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
+    # torchrun starts all processes anew when one is lost; only what this very job made or resumed is gone on with
+    made_here = f"vitfn/made/{(Path(fv.output_dir) / fv.name).absolute()}"
+    resume = fv.resume or ranks.remembers(made_here)
     directory = RunDirectory(
         fv.output_dir,
         fv.name,
-        resume=fv.resume,
+        resume=resume,
         keep=fv.keep_checkpoints,
         tensorboard=fv.tensorboard,
         writes=ranks.first,
@@ -157,8 +160,9 @@ def _train(fv: FlagValues, row: device.Device, ranks: Ranks) -> int:
         )
 
     _warn(fv, described)
+    ranks.remember(made_here)
     with directory:
-        if saved := directory.snapshots.latest(state) if fv.resume else None:
+        if saved := directory.snapshots.latest(state) if resume else None:
             state, notes = saved
             log.info("going on after step %d", int(state.step))
         if len(found := set(ranks.gather(int(state.step)))) > 1:

@@ -218,7 +218,7 @@ def test_a_process_that_hangs_is_named_and_the_run_starts_anew(undisturbed, tmp_
     ("act", "rank", "named"),
     [
         ("SIGKILL", 0, "process 0 does not answer"),
-        ("SIGSTOP", 0, "process 0 does not answer"),
+        pytest.param("SIGSTOP", 0, "process 0 does not answer", marks=in_full),
         pytest.param("sleep", 2, r"process 2 hangs or is late, at fit.py, line \d+, in fit", marks=in_full),
     ],
 )

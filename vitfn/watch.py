@@ -61,7 +61,7 @@ class Watch:
         if self._reachable:  # else the thread has ended with the store, or never comes back from a stopped one's
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"asked/{self._rank}", "")
-        self._thread.join(1)
+        self._thread.join(_ANSWER if self._reachable else 1)
 
     def lost(self) -> str:
         """Asks all processes; which of them is lost, as the end of a sentence. Takes up to 7 seconds."""
@@ -89,14 +89,17 @@ class Watch:
 
     def _listen(self) -> None:
         """Waits to be asked, answers once, and ends a process that does not notice that its peers have ended."""
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it a process or its launcher
-            self._ears.wait([f"asked/{self._rank}"], _FOREVER)
+        try:
+            while True:
+                with contextlib.suppress(dist.DistStoreError):  # not asked for so long
+                    self._ears.wait([f"asked/{self._rank}"], _FOREVER)
+                    break
             self._ears.set(f"answer/{self._rank}", f"{self.begun} {'' if self._closed else _whereabouts()}")
+        except RuntimeError:  # the store is gone: nobody can ask
+            return
         if not self._ending.wait(_GRACE):
-            line = (
-                f"vitfn, process {self._rank}: ended, {_whereabouts()}: the others gave up waiting, for it or another"
-            )
-            print(line, file=sys.stderr, flush=True)
+            why = "the others gave up waiting, for it or another"
+            print(f"vitfn, process {self._rank}: ended, {_whereabouts()}: {why}", file=sys.stderr, flush=True)
             os._exit(1)  # the main thread may never come back to where it would see an exception
 
 

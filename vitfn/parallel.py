@@ -149,7 +149,6 @@ def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator
         "the first machine's torchrun" if launched else "process 0",
     )
     ranks = dataclasses.replace(ranks, watch=watch, store=store if launched else None)
-    groups: list[Any] = []
     try:
         with ranks.together():
             later = timeout if row.collectives == "gloo" else timeout + _BEFORE
@@ -160,8 +159,8 @@ def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator
                 world_size=ranks.count,
                 timeout=timedelta(seconds=later),
             )
-            groups = [dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))]
-        ranks = dataclasses.replace(ranks, host=groups[1])
+            host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        ranks = dataclasses.replace(ranks, host=host)
         yield ranks
         watch.close()
         ranks.max(0)  # the first process may keep the store, so it ends after the others' threads
@@ -169,9 +168,9 @@ def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator
         watch.close()
         # torch 2.7 holds the interpreter's lock while it ends a group of Gloo and waits for its threads, which may need
         # the lock to free a tensor: one more reference leaves the groups to the end of the process.
-        for group in groups:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-        if groups:
+        if dist.is_initialized():
+            for group in (dist.group.WORLD, ranks.host):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
             dist.destroy_process_group()
 
 

@@ -27,8 +27,8 @@ COMMANDS = {
 }
 EVERY = [(name, group) for name, groups in GROUPS.items() for group in groups]
 UNITS = (
-    r"pixels|updates|images per|checkpoints to|processes|channels|parts|part of|fraction|factor|probability|number of|"
-    r"0 to 1|between 0 and 1|above 0|below 1|0 or more|any integer|operations an image|0: write no head"
+    r"pixels|seconds|updates|images per|checkpoints to|processes|channels|parts|part of|fraction|factor|probability|"
+    r"number of|0 to 1|between 0 and 1|above 0|below 1|0 or more|any integer|operations an image|0: write no head"
 )
 
 

@@ -14,7 +14,7 @@ from conftest import NANO, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitfn import parallel
+from vitfn import device, parallel
 from vitfn.errors import InputError
 from vitfn.parallel import ALONE, Ranks
 
@@ -169,7 +169,7 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path):
     assert killed[0].returncode == 1
     said = [line for line in killed[0].stderr.splitlines() if "vitfn" in line]
     assert len(said) == 1
-    assert said[0].startswith("vitfn, process 0: the processes of the run lost each other")
+    assert said[0].startswith("vitfn, process 0: the processes of the run lost each other: process 1 does not answer")
     assert "Traceback" not in killed[0].stderr
 
 
@@ -215,6 +215,14 @@ def test_ranks_that_contradict_each_other_are_refused(monkeypatch, variables, fl
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         parallel.from_environment(flag)
+
+
+def test_processes_that_nobody_told_where_to_meet_are_refused(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    refused = pytest.raises(InputError, match="WORLD_SIZE=2: found no MASTER_ADDR in the environment; start it with")
+    with refused, parallel.joined(Ranks(0, 2), device.DEVICES["cpu"]):
+        pass
 
 
 @given(size=st.integers(0, 1000), count=st.integers(1, 40))

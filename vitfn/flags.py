@@ -15,6 +15,7 @@ from vitfn.data.crops import SAMPLERS
 from vitfn.device import DEVICES
 from vitfn.flagtypes import BatchParser, Definitions, PairParser, SizeParser
 from vitfn.losses import LOSSES
+from vitfn.parallel import TIMEOUT
 from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
@@ -217,6 +218,13 @@ def train_flags(fv: flags.FlagValues) -> None:
         "What the processes of a shard divide of kernels and embeddings: sharded (parameters and optimizer state), "
         "optimizer (its state alone) or replicated (nothing); or REGEX=KIND;REGEX=KIND;... for whole path names, of "
         "which the first that matches decides.",
+    )
+    define.integer(
+        "timeout",
+        TIMEOUT,
+        "Seconds, at least 1, that a process waits for the others before the run ends and names who is lost; first "
+        "compiles, and what one process writes or downloads, may differ by minutes.",
+        1,
     )
 
 

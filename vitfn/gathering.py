@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from vitfn import tree
-from vitfn.meshes import Cuts, gather, scatter
+from vitfn.meshes import Cuts, Mesh
 from vitfn.tree import Tree
 
 _CAST = r"(?!.*conv).*kernel"  # factors of matrix products, which autocast casts
 
 
 @contextmanager
-def lent(params: Tree, cuts: Cuts, grid: Any, dtype: torch.dtype | None, ahead: bool) -> Iterator[Tree]:
+def lent(params: Tree, cuts: Cuts, mesh: Mesh, dtype: torch.dtype | None, ahead: bool) -> Iterator[Tree]:
     """`params` with the leaves at `cuts`, parts along a dimension, made whole when their subtree is looked up.
 
     What autograd would keep of a whole leaf is gathered again instead; a gradient of one becomes that of the part, in
-    float32, summed over `grid`. What autocast to `dtype` would cast is cast before, which is the same for less to send
-    and to keep. With `ahead` the next block is gathered while one computes.
+    float32, summed over the `mesh`. What autocast to `dtype` would cast is cast before, to the same numbers with less
+    to send and to keep. With `ahead` the next block is gathered while one computes.
     """
-    loan = _Loan(tree.flatten(params), cuts, grid, dtype, ahead)
+    loan = _Loan(tree.flatten(params), cuts, mesh, dtype, ahead)
     with torch.autograd.graph.saved_tensors_hooks(loan.pack, loan.unpack):
         yield _Lent(params, "", loan)
         loan.drop()
@@ -48,8 +48,8 @@ class _Lent(dict):
 class _Loan:
     """The subtree that is whole at the moment, and the one that is on its way."""
 
-    def __init__(self, leaves: dict[str, Tensor], cuts: Cuts, grid: Any, dtype: torch.dtype | None, ahead: bool):
-        self._leaves, self._cuts, self._grid, self._dtype, self._ahead = leaves, cuts, grid, dtype, ahead
+    def __init__(self, leaves: dict[str, Tensor], cuts: Cuts, mesh: Mesh, dtype: torch.dtype | None, ahead: bool):
+        self._leaves, self._cuts, self._mesh, self._dtype, self._ahead = leaves, cuts, mesh, dtype, ahead
         self.subtrees: dict[str, list[str]] = {}  # the paths of the cut leaves by their subtree, in the model's order
         for path in leaves:
             if path in cuts:
@@ -88,7 +88,7 @@ class _Loan:
             leaf = self._leaves[path].detach()
             return leaf.to(self._dtype) if self._dtype and tree.matches(_CAST, path) else leaf
 
-        return [gather(part(path), self._cuts[path], self._grid) for path in self.subtrees[name]]
+        return [self._mesh.gather(part(path), self._cuts[path]) for path in self.subtrees[name]]
 
     def _start_beside(self, name: str, step: int) -> None:
         names = list(self.subtrees)
@@ -123,7 +123,7 @@ class _Loan:
         torch.autograd.Variable._execution_engine.queue_callback(self.settle)
         parts: list[Tensor | None] = []
         for grad, dim, need in zip(grads, dims, needed, strict=True):
-            part, wait = scatter(grad.float(), dim, self._grid) if need else (None, None)
+            part, wait = self._mesh.scatter(grad.float(), dim) if need else (None, None)
             parts.append(part)
             self._summing += [wait] if wait else []
         return parts

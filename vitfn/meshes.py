@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitfn import tree
 from vitfn.errors import InputError
-from vitfn.parallel import ALONE, Ranks, together
+from vitfn.parallel import ALONE, Ranks
 from vitfn.tree import Tree
 
 KINDS = ("replicated", "optimizer", "sharded")
@@ -96,7 +96,7 @@ class Mesh:
         if not parts:
             return tree.norm(grads)
         squares = tree.norm(parts).square()
-        with together():
+        with self.ranks.together():
             dist.all_reduce(squares, group=self.grid.get_group("shard"))
         whole = {path: leaf for path, leaf in flat.items() if path not in cuts}
         return (squares + (tree.norm(whole).square() if whole else 0)).sqrt()
@@ -118,30 +118,65 @@ class Mesh:
             return updated
         parts, flat = tree.flatten(updated), tree.flatten(params)
         for path, dim in split.items():
-            parts[path] = flat[path].copy_(gather(parts[path], dim, self.grid)())
+            parts[path] = flat[path].copy_(self.gather(parts[path], dim)())
         return tree.unflatten(parts)
 
     def of_parameters(self, params: Tree) -> Tree:
         """Parameters, or averages of them that lie as an optimizer's state does, as a TrainState has parameters."""
         sharded = self.cuts({path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}, "sharded")
         flat = tree.flatten(params)
-        return tree.unflatten({path: leaf if path in sharded else whole(leaf) for path, leaf in flat.items()})
+        return tree.unflatten({path: leaf if path in sharded else self.whole(leaf) for path, leaf in flat.items()})
+
+    def whole(self, leaf: Any) -> Tensor:
+        """The whole of a leaf of a TrainState; of one that is cut, all ranks ask for it together."""
+        # not leaf.full_tensor(): torch 2.7 has no functional collectives for devices that others register
+        return self.gather(leaf.to_local(), leaf.placements[0].dim)() if is_cut(leaf) else leaf
+
+    def wholes(self, leaves: Tree) -> Mapping[str, Tensor]:
+        """Leaves of a TrainState by path, each whole when it is asked for, by all ranks in the same order."""
+        return _Wholes(self, tree.flatten(leaves))
+
+    def gather(self, part: Tensor, dim: int) -> Callable[[], Tensor]:
+        """Starts to put a leaf together from the parts of those who share it; the result waits, and gives the leaf."""
+        group = self.grid.get_group("shard")
+        parts = part.new_empty(group.size(), *part.shape)
+        with self.ranks.together():
+            work = _all_gather(parts.flatten(0, 1), part.contiguous(), group=group, async_op=True)
+
+        def finish() -> Tensor:
+            with self.ranks.together():
+                work.wait()
+            return parts.movedim(0, dim).flatten(dim, dim + 1)  # of dimension 0 without a copy
+
+        return finish
+
+    def scatter(self, leaf: Tensor, dim: int) -> tuple[Tensor, Callable[[], None]]:
+        """Starts to sum a leaf over those who share it: this process's part of the sum, and what waits for it."""
+        group = self.grid.get_group("shard")
+        parts = leaf.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
+        part = torch.empty_like(parts[0])
+        with self.ranks.together():
+            work = _reduce_scatter(part, parts.flatten(0, 1), group=group, async_op=True)
+
+        def wait() -> None:
+            with self.ranks.together():
+                work.wait()
+
+        return part, wait
 
 
-class Wholes(Mapping):
-    """Leaves of a TrainState by path, each whole when it is asked for, by all ranks in the same order."""
-
-    def __init__(self, leaves: Tree):
-        self._flat = tree.flatten(leaves)
+class _Wholes(Mapping):
+    def __init__(self, mesh: Mesh, leaves: dict[str, Any]):
+        self._mesh, self._leaves = mesh, leaves
 
     def __getitem__(self, path: str) -> Tensor:
-        return whole(self._flat[path])
+        return self._mesh.whole(self._leaves[path])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._flat)
+        return iter(self._leaves)
 
     def __len__(self) -> int:
-        return len(self._flat)
+        return len(self._leaves)
 
 
 ONE = Mesh()
@@ -159,8 +194,10 @@ def make(mesh: str, placement: str, ranks: Ranks, device: str) -> Mesh:
 
     # neighbours, who are on one machine, share a tree; first in the grid since gradients are scattered before they are
     # summed over the copies
-    places = torch.arange(ranks.count).view(axes["data"], axes["shard"]).T.contiguous()
-    return Mesh(ranks, device, DeviceMesh(device, places, mesh_dim_names=("shard", "data")), rules(placement))
+    places = torch.arange(ranks.count).view(axes["data"], axes["shard"])
+    groups = [ranks.divided(places.tolist()), ranks.divided(places.T.tolist())]
+    grid = DeviceMesh.from_group(groups, device, places.T.contiguous(), mesh_dim_names=("shard", "data"))
+    return Mesh(ranks, device, grid, rules(placement))
 
 
 def sizes(mesh: str, count: int) -> dict[str, int]:
@@ -196,12 +233,6 @@ def rules(placement: str) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def whole(leaf: Any) -> Tensor:
-    """The whole of a leaf of a TrainState; of one that is cut, all ranks ask for it together."""
-    # not leaf.full_tensor(): torch 2.7 has no functional collectives for devices that others register
-    return gather(leaf.to_local(), leaf.placements[0].dim, leaf.device_mesh)() if is_cut(leaf) else leaf
-
-
 def is_cut(leaf: Any) -> bool:
     """Whether a leaf of a TrainState is a DTensor."""
     return hasattr(leaf, "to_local")
@@ -215,33 +246,3 @@ def local(leaf: Any) -> Tensor:
 def like(part: Tensor, leaf: Any) -> Tensor:
     """The opposite of `local`: a leaf cut as another one is, of which this process has this part."""
     return type(leaf).from_local(part, leaf.device_mesh, leaf.placements, run_check=False) if is_cut(leaf) else part
-
-
-def gather(part: Tensor, dim: int, grid: Any) -> Callable[[], Tensor]:
-    """Starts to put a leaf together from the parts of those who share it; the result waits, and gives the leaf."""
-    group = grid.get_group("shard")
-    parts = part.new_empty(group.size(), *part.shape)
-    with together():
-        work = _all_gather(parts.flatten(0, 1), part.contiguous(), group=group, async_op=True)
-
-    def finish() -> Tensor:
-        with together():
-            work.wait()
-        return parts.movedim(0, dim).flatten(dim, dim + 1)  # of dimension 0 without a copy
-
-    return finish
-
-
-def scatter(leaf: Tensor, dim: int, grid: Any) -> tuple[Tensor, Callable[[], None]]:
-    """Starts to sum a leaf over those who share it: this process's part of the sum, and a function that awaits it."""
-    group = grid.get_group("shard")
-    parts = leaf.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
-    part = torch.empty_like(parts[0])
-    with together():
-        work = _reduce_scatter(part, parts.flatten(0, 1), group=group, async_op=True)
-
-    def wait() -> None:
-        with together():
-            work.wait()
-
-    return part, wait

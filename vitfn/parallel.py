@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ import torch.distributed as dist
 
 from vitfn import device
 from vitfn.errors import InputError, RunError, one_line
+from vitfn.watch import Watch
+
+TIMEOUT = 600  # seconds: first compiles, and what one process writes, may differ by minutes
+_BEFORE = 30  # seconds by which the hosts' timeout comes before a device's own, which ends a process without a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +24,8 @@ class Ranks:
     """This process among `count`: `rank` of all, from 0, and `local` of those on its machine.
 
     `host` is the process group of what the hosts tell each other; gradients go through the devices' own. `saving` is
-    one for the thread that writes checkpoints while the others are in use.
+    one for the thread that writes checkpoints while the others are in use. `watch` names who is lost, `timeout` is how
+    many seconds later. `store` is torchrun's, which lives through its restarts.
     """
 
     rank: int = 0
@@ -27,6 +33,9 @@ class Ranks:
     local: int = 0
     host: Any = None
     saving: Any = None
+    watch: Watch | None = None
+    store: dist.Store | None = None
+    timeout: int = TIMEOUT
 
     @property
     def first(self) -> bool:
@@ -42,7 +51,7 @@ class Ranks:
         if self.count == 1:
             return [of_each]
         found = [None] * self.count
-        with together():
+        with self.together():
             dist.all_gather_object(found, of_each, group=self.host)
         return found
 
@@ -51,9 +60,36 @@ class Ranks:
         if self.count == 1:
             return number
         found = torch.tensor(int(number))
-        with together():
+        with self.together():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
         return int(found)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all processes do at once. Raises RunError, which names who is lost, where that fails."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.begun += 1
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.watch.lost()
+            raise RunError(f"the processes of the run lost each other: {lost} ({one_line(error, 200)})") from None
+
+    def divided(self, groups: list[list[int]]) -> Any:
+        """The process group of the ranks that this one is with in one of `groups`; all ranks ask for it together."""
+        own, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=self.timeout))
+        return _kept(own)
+
+    def remember(self, what: str) -> None:
+        """Notes something for the next start of the same job by torchrun."""
+        if self.store and self.first:
+            self.store.set(what, "")
+
+    def remembers(self, what: str) -> bool:
+        """Whether an earlier start of the same job by torchrun noted it: the same answer in all processes."""
+        return bool(self.max(int(self.first and self.store is not None and self.store.check([what]))))
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -66,18 +102,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A collective of all processes: where it fails, the others are lost."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = one_line(error, 200)
-        raise RunError(
-            f"the processes of the run lost each other: one of them has ended, or hangs ({reason})"
-        ) from None
 
 
 def process_name() -> str:
@@ -97,19 +121,70 @@ def from_environment(local_rank: int = -1) -> Ranks:
 
 
 @contextlib.contextmanager
-def joined(ranks: Ranks, row: device.Device) -> Iterator[Ranks]:
-    """The ranks connected, each with its device selected, while the context lasts."""
+def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator[Ranks]:
+    """The ranks connected, each with its device selected, while the context lasts.
+
+    `timeout` is how many seconds a process waits for the others in a collective, and at the start.
+    """
     device.select(row, ranks.local)
+    # torchrun's agent keeps the store, and keeps it through restarts; started by hand, the first process does
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.count == 1:
-        yield ranks
+        yield dataclasses.replace(ranks, store=_store(ranks, launched, timeout) if launched else None)
         return
-    dist.init_process_group(row.collectives)
-    host, saving = (dist.new_group(backend="gloo") for _ in range(2))
+    store = _store(ranks, launched, timeout)
+    # torch 2.7 and later share one store among all restarts; without a place of its own each would find the last one's
+    place = f"vitfn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    watch = Watch(
+        lambda: dist.PrefixStore(place, _store(ranks, True, timeout)),
+        ranks.rank,
+        ranks.count,
+        "the first machine's torchrun" if launched else "process 0",
+    )
+    ranks = dataclasses.replace(ranks, watch=watch, store=store if launched else None, timeout=timeout)
     try:
-        yield dataclasses.replace(ranks, host=host, saving=saving)
+        with ranks.together():
+            later = timeout if row.collectives == "gloo" else timeout + _BEFORE
+            dist.init_process_group(
+                row.collectives,
+                store=dist.PrefixStore(place, store),
+                rank=ranks.rank,
+                world_size=ranks.count,
+                timeout=timedelta(seconds=later),
+            )
+            _kept(dist.group.WORLD)
+            host = _kept(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+            saving = _kept(dist.new_group(backend="gloo"))  # who is lost shows elsewhere, and a disk may be slow
+        ranks = dataclasses.replace(ranks, host=host, saving=saving)
+        yield ranks
+        watch.close()
+        ranks.max(0)  # the first process may keep the store, so it ends after the others' threads
     finally:
-        # torch 2.7 holds the interpreter's lock while it ends a group of Gloo and waits for its threads, which may need
-        # the lock to free a tensor: one more reference leaves the groups to the end of the process.
-        for group in (dist.group.WORLD, host, saving):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-        dist.destroy_process_group()
+        watch.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _kept(group: Any) -> Any:
+    """The group, which lives to the end of the process.
+
+    torch 2.7 holds the interpreter's lock while it ends a group of Gloo and waits for its threads, which may need the
+    lock to free a tensor.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
+
+
+def _store(ranks: Ranks, kept: bool, timeout: int) -> dist.Store:
+    """A client of the store where the processes meet; unless it is `kept` by another, the first process keeps it."""
+    try:
+        where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as missing:
+        raise InputError(
+            f"WORLD_SIZE={ranks.count}: found no {missing.args[0]} in the environment; start it with torchrun"
+        ) from None
+    try:
+        keeps = ranks.first and not kept
+        return dist.TCPStore(where, port, None, keeps, timedelta(seconds=timeout), wait_for_workers=False)
+    except RuntimeError as error:
+        raise RunError(f"MASTER_ADDR={where}, MASTER_PORT={port}: no store there ({one_line(error, 200)})") from None

@@ -89,7 +89,7 @@ def _make_forward(config: ViTConfig, precision: str, form: str, row: Device, mes
             return forward(params, images, config, keys, block=block).float()
 
     def gathering_logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        with lent(params, cuts, mesh.grid, dtype, row.overlaps) as whole:
+        with lent(params, cuts, mesh, dtype, row.overlaps) as whole:
             return logits(whole, images, keys)
 
     return gathering_logits if cuts else logits

@@ -11,8 +11,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from vitfn import tree
 from vitfn.gathering import subtree_of
-from vitfn.meshes import Cuts, Mesh, scatter
-from vitfn.parallel import together
+from vitfn.meshes import Cuts, Mesh
 from vitfn.tree import Tree
 
 
@@ -48,7 +47,7 @@ class Sums:
         flat |= self._sums
         parts = {path: leaf for path, leaf in flat.items() if path in self._sharded or path in self._split}
         if parts and self._mesh.copies > 1:
-            sums, wait = _sum(parts, self._mesh.grid.get_group("data"))
+            sums, wait = self._sum(parts, self._mesh.grid.get_group("data"))
             wait()
             flat |= sums
         value = flat.pop("")
@@ -59,23 +58,22 @@ class Sums:
         found = {path: grad for path, grad in zip(paths, grads, strict=True) if grad is not None}
         for path, dim in self._split.items():  # in the same order in every process
             if path in found:
-                self._sums[path], wait = scatter(found.pop(path), dim, self._mesh.grid)
+                self._sums[path], wait = self._mesh.scatter(found.pop(path), dim)
                 self._waiting.append(wait)
         if found:
-            sums, wait = _sum(found, None)
+            sums, wait = self._sum(found, None)
             self._sums |= sums
             self._waiting.append(wait)
 
+    def _sum(self, leaves: Mapping[str, Tensor], group: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """Begins one collective over a group, or all: the sums, the same bits in each, and what waits for them."""
+        everything = torch.cat([leaf.reshape(-1) for leaf in leaves.values()])
+        with self._mesh.ranks.together():
+            work = dist.all_reduce(everything, group=group, async_op=True)
+        parts = everything.split([leaf.numel() for leaf in leaves.values()])
 
-def _sum(leaves: Mapping[str, Tensor], group: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Begins one collective over a group, or all: the sums, the same bits in each process, and what waits for them."""
-    everything = torch.cat([leaf.reshape(-1) for leaf in leaves.values()])
-    with together():
-        work = dist.all_reduce(everything, group=group, async_op=True)
-    parts = everything.split([leaf.numel() for leaf in leaves.values()])
+        def wait() -> None:
+            with self._mesh.ranks.together():
+                work.wait()
 
-    def wait() -> None:
-        with together():
-            work.wait()
-
-    return {path: part.view(leaf.shape) for (path, leaf), part in zip(leaves.items(), parts, strict=True)}, wait
+        return {path: part.view(leaf.shape) for (path, leaf), part in zip(leaves.items(), parts, strict=True)}, wait

@@ -38,7 +38,7 @@ from vitfn.data.batches import training_batches
 from vitfn.errors import InputError
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
-from vitfn.meshes import Mesh, Wholes, whole
+from vitfn.meshes import Mesh
 from vitfn.metrics import measures
 from vitfn.parallel import Ranks
 from vitfn.run import RunDirectory
@@ -47,7 +47,7 @@ from vitfn.tree import Tree
 
 # Flags that a resumed run may change: where things are, and what is shown of them.
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
-         "checkpoint_every", "report", "tensorboard", "tcap_log", "mesh", "placement")  # fmt: skip
+         "checkpoint_every", "report", "tensorboard", "tcap_log", "mesh", "placement", "timeout")  # fmt: skip
 _NAMED = 3  # leaves that an error names
 log = logging.getLogger("vitfn")
 
@@ -66,16 +66,19 @@ def train(fv: FlagValues) -> int:
         log.setLevel(logging.ERROR)  # one process tells
     row = device.find(fv.device)
     recipe.check(fv, row, ranks.count)
-    with parallel.joined(ranks, row) as ranks:
+    with parallel.joined(ranks, row, fv.timeout) as ranks:
         return _train(fv, row, meshes.make(fv.mesh, fv.placement, ranks, row.name))
 
 
 def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
     ranks = mesh.ranks
+    # torchrun starts all processes anew when one is lost; only what this very job made or resumed is gone on with
+    made_here = f"vitfn/made/{(Path(fv.output_dir) / fv.name).absolute()}"
+    resume = fv.resume or ranks.remembers(made_here)
     directory = RunDirectory(
         fv.output_dir,
         fv.name,
-        resume=fv.resume,
+        resume=resume,
         keep=fv.keep_checkpoints,
         tensorboard=fv.tensorboard,
         ranks=ranks,
@@ -140,7 +143,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
 
     def save_now(path: Path, leaves: Tree) -> None:
         found, model = vit.shapes(config), (config, dataset.class_names)
-        weights.save_leaves(path, Wholes(leaves), found, *model, writes=ranks.first)
+        weights.save_leaves(path, mesh.wholes(leaves), found, *model, writes=ranks.first)
 
     def save_best(state: TrainState) -> Any:
         weights_now = optim.averaged(state.params, state.opt_state)
@@ -173,8 +176,9 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
         )
 
     _warn(fv, described)
+    ranks.remember(made_here)
     with directory:
-        if saved := directory.snapshots.latest(state) if fv.resume else None:
+        if saved := directory.snapshots.latest(state) if resume else None:
             state, notes = saved
             log.info("going on after step %d", int(state.step))
         notes["model"] = {"config": dataclasses.asdict(config), "class_names": dataset.class_names}
@@ -186,7 +190,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
             after_first_step,
             evaluate_now,
             save_best,
-            partial(_explain, config=config, loss=loss),
+            partial(_explain, config=config, loss=loss, mesh=mesh),
             _utilisation(config, optimizer, row.name, precision) if fv.num_steps else lambda rate: None,
         )
         epoch_steps = dataset.train.size / fv.train_batch_size
@@ -276,9 +280,9 @@ def _utilisation(config: ViTConfig, optimizer: optim.Optimizer, where: str, prec
     return lambda images_per_second: 3 * flops.forward_flops(config) * images_per_second / peak
 
 
-def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Loss) -> str:
+def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Loss, mesh: Mesh) -> str:
     """Which leaves are not finite, or too large for a norm: parameters, or their gradients in float32, eagerly."""
-    params = tree.map(whole, state.params)
+    params = tree.map(mesh.whole, state.params)
 
     def named(leaves: Tree, what: str) -> str:
         bad = [path for path, leaf in tree.flatten(leaves).items() if not torch.linalg.vector_norm(leaf).isfinite()]

@@ -11,7 +11,7 @@ import torch
 
 from vitfn import ViTConfig, meshes, optim, parallel, rng, schedules, tree, vit
 from vitfn.device import DEVICES
-from vitfn.meshes import local, whole
+from vitfn.meshes import local
 from vitfn.parallel import Ranks
 from vitfn.step import TrainState, make_eval_step, make_train_step
 
@@ -68,7 +68,7 @@ def train(ranks: Ranks, mesh: str, placement: str, form: str, recipe: str, preci
     }
     params = made.of_parameters(optim.averaged(state.params, state.opt_state))
     of_each = make_eval_step(CONFIG, **options)(params, batch(TEST))
-    final = {path: whole(leaf) for path, leaf in tree.flatten(params).items()}
+    final = {path: made.whole(leaf) for path, leaf in tree.flatten(params).items()}
     return {
         "curve": curve,
         "held": held,

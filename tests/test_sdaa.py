@@ -102,6 +102,17 @@ def test_four_devices_make_the_curve_of_one(train, float32):
     assert "rank : 1" not in stdout
 
 
+def test_four_devices_share_one_model_and_its_checkpoint_becomes_a_file(train, sdaa, float32):
+    """By TCCL's plain collectives: functional ones are not for such a device on torch 2.7."""
+    run, _, _ = train("shared", *RUN, "--device=sdaa", "--precision=float32", "--mesh=shard=4", launcher=CARD)
+    assert relative_error(run, float32) <= 1e-6
+    assert accuracy(run) == accuracy(float32)
+    gathered = run / "gathered.npz"
+    done = sdaa(["-m", "vitfn.convert", str(run / "checkpoints/step_00000040"), str(gathered)])
+    assert done.returncode == 0, done.stderr
+    assert gathered.read_bytes() == (run / "model.npz").read_bytes()
+
+
 def test_two_visible_devices_are_too_few_for_four_processes(train):
     run, _, stderr = train("few", *SHORT, "--device=sdaa", launcher=CARD, code=1, SDAA_VISIBLE_DEVICES="0,1")
     assert re.search(r"^vitfn, process [23]: --device=sdaa: found 2 of them, too few for process [23]", stderr, re.M)

@@ -44,6 +44,7 @@ class Sums:
         self._begin([*left, ""], [*left.values(), value])
         for wait in self._waiting:
             wait()
+        self._waiting.clear()  # a collective's work keeps what it was given
         flat |= self._sums
         parts = {path: leaf for path, leaf in flat.items() if path in self._sharded or path in self._split}
         if parts and self._mesh.copies > 1:

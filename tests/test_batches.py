@@ -142,6 +142,15 @@ def test_a_share_of_the_places_is_those_images_of_the_batch(folder, in_memory):
     assert same(share, [(images[places], labels[places]) for images, labels in whole])
 
 
+def test_a_share_reads_the_files_of_its_places_and_no_other(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr("vitfn.data.workers.decode", lambda path, channels: read.append(path) or decode(path, channels))
+    split, places = files(folder), torch.tensor([2, 3])
+    list(training_batches(split, crop, **TRAIN, start=2, stop=6, places=places))
+    wanted = [batch_indices(20, 6, 3, step)[places].tolist() for step in range(2, 6)]
+    assert read == [split.paths[i] for step in wanted for i in step]
+
+
 def test_batches_are_the_same_bits_from_any_number_of_processes_and_after_a_restart(folder):
     """Across the end of an epoch, bad files included."""
     split = files(folder, 4, 5, 11)

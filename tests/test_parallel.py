@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import NANO, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vitfn import device, parallel
 from vitfn.errors import InputError
@@ -160,6 +162,22 @@ def test_a_signal_to_one_stops_all_and_another_number_goes_on(tmp_path, alone):
     assert len(list((tmp_path / "run/checkpoints").glob("step_*.npz"))) == 1
     command(tmp_path, 4, *RUN, *recipe, "--output_dir=.", "--resume")
     assert relative_error(tmp_path / "run", alone[name]) <= 1e-6
+
+
+@pytest.mark.slow
+def test_files_are_read_by_share_to_the_run_of_one_process(tmp_path):
+    random = np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / "photos" / ("train" if i < 32 else "val") / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
+    files = [*RUN, "--dataset=folder", "--data_dir=photos", "--num_workers=1", "--flip"]
+    command(tmp_path, 1, *files, "--output_dir=one")
+    command(tmp_path, 2, *files, "--output_dir=two")
+    assert relative_error(tmp_path / "two/run", tmp_path / "one/run") <= 1e-6
+    for several, one in zip(rows(tmp_path / "two/run", "eval"), rows(tmp_path / "one/run", "eval"), strict=True):
+        assert (several["eval/count"], several["eval/correct"]) == (one["eval/count"], one["eval/correct"])
+    assert all(row["train/images_per_second"] > 0 for row in rows(tmp_path / "two/run", "train"))
 
 
 @pytest.mark.slow

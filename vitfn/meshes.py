@@ -20,7 +20,7 @@ from vitfn.parallel import ALONE, Ranks
 from vitfn.tree import Tree
 
 KINDS = ("replicated", "optimizer", "sharded")
-_WORTH_CUTTING = r".*kernel|.*/pos_embedding|.*/probe"  # what is left are vectors: less than a thousandth of a model
+_WORTH_CUTTING = r".*kernel|.*/pos_embedding|.*/probe"  # what is left are vectors: less than a hundredth of a model
 # torch 2.13 warns of the second names, torch 2.7 has no others
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

@@ -165,12 +165,13 @@ def test_who_does_not_answer_is_lost_and_else_who_is_behind(answers, expected):
 
 
 @pytest.mark.slow
-def test_a_run_whose_processes_are_killed_at_random_ends_with_the_same_weights(undisturbed, tmp_path):
+@pytest.mark.parametrize("mesh", ["data=2", "shard=2"])
+def test_a_run_whose_processes_are_killed_at_random_ends_with_the_same_weights(undisturbed, tmp_path, mesh):
     """From outside, any of them, at any time: while it starts, or some updates later. Nobody does anything else."""
     seed = int(os.environ.get("VITFN_KILLS_SEED", "0"))
     numbers = random.Random(seed)
     there: dict[int, int] = {}
-    with torchrun(tmp_path, KILLS, *RUN) as process:
+    with torchrun(tmp_path, KILLS, *RUN, f"--mesh={mesh}") as process:
         for kill in range(KILLS):
             there = started_anew(process, there)
             if updates := numbers.randrange(12):

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import vitfn
-from vitfn import convert, device, optim, parallel, sharded, snapshot, tree, weights
+from vitfn import convert, device, meshes, optim, parallel, sharded, snapshot, tree, weights
 from vitfn.errors import InputError, RunError
 from vitfn.parallel import ALONE, Ranks
 from vitfn.run import RunDirectory
@@ -61,7 +61,7 @@ def state_of(step: int, mesh=None, **more) -> TrainState:
 
 
 def whole(leaf: Tensor) -> Tensor:
-    return leaf.full_tensor() if sharded.is_sharded(leaf) else leaf
+    return leaf.full_tensor() if meshes.is_cut(leaf) else leaf
 
 
 def assert_same(found: TrainState, want: TrainState) -> None:

@@ -80,6 +80,8 @@ class CompiledStep:
                     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
                     result = function(carry, batch)
                 break
+            except RunError:  # the processes lost each other
+                raise
             except Exception as error:  # compilers fail in every way there is
                 failures[form] = one_line(f"{type(error).__name__}: {error}", 300)
                 if not self._fallback:

@@ -154,7 +154,7 @@ def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator
             )
             _kept(dist.group.WORLD)
             host = _kept(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
-            saving = _kept(dist.new_group(backend="gloo"))  # who is lost shows elsewhere, and a disk may be slow
+            saving = _kept(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
         ranks = dataclasses.replace(ranks, host=host, saving=saving)
         yield ranks
         watch.close()

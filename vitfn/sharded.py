@@ -29,11 +29,6 @@ _DTYPES = {
 }
 
 
-def is_sharded(leaf: Tensor) -> bool:
-    """Whether a leaf is a DTensor, of which each process holds a share (importing that class takes seconds)."""
-    return hasattr(leaf, "placements")
-
-
 def is_complete(path: str | os.PathLike) -> bool:
     """Whether there is a checkpoint's directory that was written to its end."""
     return os.path.isfile(os.path.join(path, MANIFEST))
@@ -88,8 +83,6 @@ def write(path: Path, leaves: Mapping[str, Tensor], notes: dict[str, Any], ranks
         raise OSError(f"process {rank}: {getattr(cause, 'strerror', None) or one_line(cause, 200)}") from None
     except OSError:
         _forget(path, ranks)
-        raise
-    except RunError:
         raise
     except RuntimeError as error:  # of a collective
         reason = one_line(error, 200)

@@ -20,6 +20,7 @@ from torch import Tensor
 from vitfn import scaling, sharded, tree
 from vitfn.archive import Archive, write_archive
 from vitfn.errors import InputError, RunError
+from vitfn.meshes import is_cut
 from vitfn.parallel import ALONE, Ranks
 from vitfn.step import TrainState
 from vitfn.tree import Tree
@@ -89,7 +90,7 @@ def _compare(what: str, shape: tuple[int, ...], dtype: torch.dtype, leaf: Tensor
 
 def _placed(found: Tensor, leaf: Any) -> Tensor:
     """A whole leaf on the device of another, or this process's share in the memory of a DTensor."""
-    if not sharded.is_sharded(leaf):
+    if not is_cut(leaf):
         return found.to(leaf.device)
     from torch.distributed.tensor import distribute_tensor
 
@@ -162,7 +163,7 @@ class Snapshots:
 
     def save(self, state: TrainState, notes: dict[str, Any]) -> None:
         """Writes the state as it is now, in the background; all processes call it."""
-        together = any(sharded.is_sharded(leaf) for leaf in tree.leaves(_fields(state)))
+        together = any(is_cut(leaf) for leaf in tree.leaves(_fields(state)))
         if not (together or self._ranks.first):
             return
         self.wait(0 if together else 1)  # of a state that fills the machines there is room for one copy
@@ -177,7 +178,7 @@ class Snapshots:
 
         def write_directory() -> None:
             path = self.folder / f"step_{step:08d}"
-            ranks = dataclasses.replace(self._ranks, host=self._ranks.saving)
+            ranks = dataclasses.replace(self._ranks, host=self._ranks.saving, watch=None)  # which is the training's
             sharded.write(path, tree.flatten(fields), notes, ranks)
             sharded.together(ranks, lambda: self._prune(path) if ranks.first else None)
 

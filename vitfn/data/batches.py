@@ -25,11 +25,11 @@ def _epoch(length: int, seed: int, epoch: int) -> Tensor:
 
 def batch_indices(length: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The indices (batch_size,) of step `step`: every epoch is a permutation of its own, batches run across its end."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    epochs = range(places[0] // length, places[-1] // length + 1)
-    order = torch.cat([_epoch(length, seed, epoch) for epoch in epochs])
-    start = places[0] - epochs[0] * length
-    return order[start : start + batch_size]
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // length, (stop - 1) // length + 1)
+    # parts of epochs, not a part of whole ones: a dataset may have millions of images
+    parts = [_epoch(length, seed, e)[max(start - e * length, 0) : stop - e * length] for e in epochs]
+    return torch.cat(parts)
 
 
 def padded_batches(split: Split, batch_size: int) -> Iterator[Split]:

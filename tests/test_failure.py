@@ -194,7 +194,9 @@ def test_a_run_whose_processes_are_killed_at_random_ends_with_the_same_weights(u
 @pytest.mark.parametrize(
     ("act", "rank", "named", "seconds"),
     [
-        ("SIGSTOP", 0, "process 0 does not answer: killed, stopped or cut off", ASK + TORCHRUN),
+        pytest.param(
+            *("SIGSTOP", 0, "process 0 does not answer: killed, stopped or cut off", ASK + TORCHRUN), marks=in_full
+        ),
         ("sleep", 1, r"process 1 hangs or is late, at fit.py, line \d+, in fit", ASK + GRACE),
     ],
 )

@@ -416,8 +416,8 @@ def test_a_run_is_evaluated_as_it_was_trained_and_gives_what_train_printed(world
     argv += ["--warmup_steps=0", "--eval_batch_size=4", "--name=run", "--learning_rate=0.1", "--ema=0.9", "--noreport"]
     assert train.main(["train", *FOLDER, *argv, "--eval_crop=0.9", "--eval_interpolation=bicubic"]) == 0
     printed = capsys.readouterr().out
-    code, rows, _ = command("output/run", "--device=cpu")
-    assert code == 0
+    code, rows, err = command("output/run", "--device=cpu")
+    assert code == 0, err
     assert f"test accuracy  {rows['accuracy']}\n" in printed
     assert re.search(rf"test loss +{rows['loss']}\n", printed)
     last = json.loads(Path("output/run/metrics.jsonl").read_text().splitlines()[-1])

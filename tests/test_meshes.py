@@ -1,10 +1,8 @@
 """Trees on a mesh of processes: placements, memory, and the same numbers as one process finds."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from conftest import NANO, ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
+from test_parallel import launched, rows
 
 import vitfn
 from vitfn import get_config, make_train_step, meshes, optim, train, tree, vit
@@ -51,17 +50,7 @@ COMPILED = {
 
 def processes(count: int, script: str, *arguments: str) -> str:
     """What so many processes of torchrun, or one alone, print."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *launcher, str(WORKERS / script), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return launched(ROOT, count, str(WORKERS / script), *arguments, timeout=600, python=("-W", "error")).stdout
 
 
 def trained(folder: Path, count: int, trainings: dict[str, str]) -> dict[str, dict]:
@@ -249,25 +238,8 @@ RUN = [
 ]
 
 
-def command(
-    cwd: Path, count: int, *argv: str, module: str = "vitfn.train", code: int = 0
-) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", module, *argv],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def rows(run: Path, kind: str) -> list[dict[str, float]]:
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in logged if f"{kind}/loss" in row]
+def command(cwd: Path, count: int, *argv: str, module: str = "vitfn.train") -> subprocess.CompletedProcess:
+    return launched(cwd, count, "-m", module, *argv, timeout=600)
 
 
 @pytest.mark.slow

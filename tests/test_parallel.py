@@ -70,15 +70,26 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
-def command(cwd: Path, processes: int, *argv: str, code: int = 0) -> subprocess.CompletedProcess:
-    """The command by so many processes of torchrun, or alone."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    arguments = [*(launcher if processes > 1 else []), "-m", "vitfn.train", *argv]
+def launched(
+    cwd: Path, processes: int, *arguments: str, code: int = 0, timeout: int = 300, python: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
+    """A script or module by so many processes of torchrun, or by python, with its options, alone."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, *python, *(torchrun if processes > 1 else []), *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def command(cwd: Path, processes: int, *argv: str, code: int = 0) -> subprocess.CompletedProcess:
+    """The command by so many processes of torchrun, or alone."""
+    return launched(cwd, processes, "-m", "vitfn.train", *argv, code=code)
 
 
 def by_hand(cwd: Path, processes: int, *arguments: str) -> list[subprocess.CompletedProcess]:

@@ -5,14 +5,13 @@ import functools
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
 from conftest import ROOT
+from test_parallel import launched
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -224,16 +223,7 @@ MESHES = [
 
 @pytest.mark.slow
 def test_each_rank_of_a_mesh_holds_what_the_table_says():
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, *MESHES],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = launched(ROOT, 2, __file__, *MESHES)
     for case, line in zip(MESHES, done.stdout.splitlines(), strict=True):
         (params, state, activations, peak), expected = json.loads(line)
         assert expected[:2] == [params, pytest.approx(state, abs=8)], case  # AdamW's count

@@ -3,7 +3,7 @@
 (ZeRO-3, Rajbhandari et al., arXiv 1910.02054, section 5.3.) Parts are the subtrees that `vit.forward` looks up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,10 +50,8 @@ class _Loan:
 
     def __init__(self, leaves: dict[str, Tensor], cuts: Cuts, mesh: Mesh, dtype: torch.dtype | None, ahead: bool):
         self._leaves, self._cuts, self._mesh, self._dtype, self._ahead = leaves, cuts, mesh, dtype, ahead
-        self.subtrees: dict[str, list[str]] = {}  # the paths of the cut leaves by their subtree, in the model's order
-        for path in leaves:
-            if path in cuts:
-                self.subtrees.setdefault(subtree_of(path), []).append(path)
+        self._paths = by_subtree(leaves)
+        self.subtrees = by_subtree(path for path in leaves if path in cuts)  # of cut leaves alone
         self._whole: tuple[str, dict[str, Tensor]] = ("", {})  # one subtree's leaves by path
         self._coming: tuple[str, list[Callable[[], Tensor]]] = ("", [])
         self._summing: list[Callable[[], None]] = []  # of gradients, one subtree's
@@ -72,9 +70,7 @@ class _Loan:
             self._start_beside(name, 1)
         if name in self._leaves:  # a subtree of one leaf
             return self._whole[1][name]
-        found = {
-            path: self._whole[1].get(path, leaf) for path, leaf in self._leaves.items() if subtree_of(path) == name
-        }
+        found = {path: self._whole[1].get(path, self._leaves[path]) for path in self._paths[name]}
         return tree.unflatten({path.removeprefix(name + "/"): leaf for path, leaf in found.items()})
 
     def _awaited(self, name: str) -> list[Callable[[], Tensor]]:
@@ -137,6 +133,14 @@ class _Loan:
 def subtree_of(path: str) -> str:
     """The subtree that `vit.forward` looks up for a leaf."""
     return "/".join(path.split("/")[: 2 if path.startswith("Transformer/") else 1])
+
+
+def by_subtree(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths by their subtree, in their order."""
+    subtrees: dict[str, list[str]] = {}
+    for path in paths:
+        subtrees.setdefault(subtree_of(path), []).append(path)
+    return subtrees
 
 
 class _Whole(torch.autograd.Function):

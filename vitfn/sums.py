@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
 
 from vitfn import tree
-from vitfn.gathering import subtree_of
+from vitfn.gathering import by_subtree
 from vitfn.meshes import Cuts, Mesh
 from vitfn.tree import Tree
 
@@ -29,11 +29,7 @@ class Sums:
     def watched(self, leaves: Tree) -> Tree:
         """The leaves, to be differentiated: as soon as autograd has the gradients of a subtree, their sum begins."""
         flat = {path: leaf.view_as(leaf) for path, leaf in tree.flatten(leaves).items()}  # leaves take no such hooks
-        subtrees: dict[str, list[str]] = {}
-        for path in flat:
-            if path not in self._sharded:
-                subtrees.setdefault(subtree_of(path), []).append(path)
-        for paths in subtrees.values():
+        for paths in by_subtree(path for path in flat if path not in self._sharded).values():
             register_multi_grad_hook([flat[path] for path in paths], partial(self._begin, paths))
         return tree.unflatten(flat)
 

@@ -1,5 +1,6 @@
 """torch.compile with a way back: a step that is tried in one compile form after another until one works."""
 
+import functools
 import logging
 import types
 import warnings
@@ -11,16 +12,54 @@ from torch import Tensor
 
 from vitfn import device, tree
 from vitfn.errors import InputError, RunError, one_line
+from vitfn.optim import Arithmetic, Columns, Number
 
 # What is tried for each requested form, in order; 'off' is eager.
 FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("off",)}
 
 
 def compiled(function: Callable, row: device.Device) -> Callable:
-    """torch.compile(function) for a row of the table of devices: one graph of static shapes, with a cache of its own.
+    """torch.compile(function) for a row of the table of devices: a graph of static shapes, with a cache of its own."""
+    in_one_graph = _in_one_graph(function, row)
 
-    `mode`, `options` and `dynamic` are never given, since some backends refuse them.
+    def call(*arguments, **named):
+        # Dynamo remembers shapes by a function's place in its file: those of another model would make these dynamic.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            return in_one_graph(*arguments, **named)
+
+    return call
+
+
+def leaf_by_leaf(row: device.Device) -> Callable[[Arithmetic], Arithmetic]:
+    """Runs an update's arithmetic on one leaf after the other, compiled once for leaves of any size.
+
+    It reads and writes each leaf once, where eager functions pass over all of them again and again.
     """
+
+    @functools.cache
+    def through(arithmetic: Arithmetic) -> Arithmetic:
+        in_one_graph = _in_one_graph(arithmetic, row)
+
+        def run(columns: Columns, *numbers: Number | None) -> None:
+            with torch._dynamo.config.patch(assume_static_by_default=False):
+                for leaves in zip(*columns, strict=True):
+                    if all(leaf.is_contiguous() for leaf in leaves):
+                        in_one_graph(tuple([_flat(leaf)] for leaf in leaves), *numbers)
+                    else:
+                        arithmetic(tuple([leaf] for leaf in leaves), *numbers)
+
+        return run
+
+    return through
+
+
+def _flat(leaf: Tensor) -> Tensor:
+    """A contiguous leaf's memory as a vector; of a view Dynamo would guard the shape of what it is a view of."""
+    return leaf.new_empty(0).set_(leaf.untyped_storage(), leaf.storage_offset(), (leaf.numel(),), (1,))
+
+
+def _in_one_graph(function: Callable, row: device.Device) -> Callable:
+    """`mode`, `options` and `dynamic` are never given, since some backends refuse them."""
     # torch 2.7's Dynamo cannot trace into einops; importing this module registers its functions (pytorch issue 157601).
     import einops._torch_specific  # noqa: F401
 
@@ -34,15 +73,7 @@ def compiled(function: Callable, row: device.Device) -> Callable:
         function.__defaults__,
         function.__closure__,
     )
-    in_one_graph = torch.compile(own, backend=device.compile_backend(row), fullgraph=True)
-    # Dynamo remembers shapes by a function's place in its file: those of another model would make these dynamic.
-    static_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-
-    def call(*arguments, **named):
-        with static_shapes:
-            return in_one_graph(*arguments, **named)
-
-    return call
+    return torch.compile(own, backend=device.compile_backend(row), fullgraph=True)
 
 
 class CompiledStep:

@@ -22,10 +22,11 @@ class Device:
 
     `precision` and `compile` are what 'auto' means there, `warnings` what is to be said of others. `backend` is
     torch.compile's, which the module `compiler`, if any, registers when it is imported; `collectives` is
-    torch.distributed's, which `overlaps` with computing or takes the same cores. `indexed` says whether each
-    process takes one device of several, `pins` whether copies from pinned memory are faster. `missing()` is why
-    there is no such device, empty where there is one; it is worth a warning where the `package` that brings it is
-    installed. `environment` has the beginnings of the variables that change what the device does.
+    torch.distributed's, which `overlaps` with computing or takes the same cores. `leaf_by_leaf` says whether beside
+    compiled blocks an update is compiled too, for one leaf at a time, as pays where memory is slow. `indexed` says
+    whether each process takes one device of several, `pins` whether copies from pinned memory are faster. `missing()`
+    is why there is no such device, empty where there is one; it is worth a warning where the `package` that brings it
+    is installed. `environment` has the beginnings of the variables that change what the device does.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     package: str = ""
     indexed: bool = True
     overlaps: bool = True
+    leaf_by_leaf: bool = False
     compiler: str = ""
     pins: bool = False
     warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -106,6 +108,7 @@ DEVICES = {
             missing=lambda: "",
             indexed=False,
             overlaps=False,
+            leaf_by_leaf=True,
             environment=("OMP_NUM_THREADS",),
         ),
     )

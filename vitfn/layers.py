@@ -4,6 +4,7 @@ B batch, N tokens, D hidden size, H heads, d = D / H, M the MLP's width. Kernels
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +38,16 @@ def layer_norm(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], params["scale"], params["bias"], config.layer_norm_eps)
 
 
-def dropout(x: Tensor, rate: float, keys: Tensor | None) -> Tensor:
+def dropout(x: Tensor, rate: float, keys: Tensor | None, shape: tuple[int, ...] | None = None) -> Tensor:
     """Inverted dropout (Srivastava et al., JMLR 2014): (B, ...) -> (B, ...).
 
-    The mask hashes the samples' keys (B,) and the element's place in `x`; without keys nothing is dropped.
+    The mask hashes the samples' keys (B,) and the element's place in `x`; without keys nothing is dropped. Where `x` is
+    the leading part of something of a `shape`, without B, the places are those in it.
     """
     if keys is None or rate == 0:
         return x
-    keep = rng.bits(keys, *x.shape[1:]) >= int(rate * 2**32)
-    return torch.where(keep, x / (1 - rate), 0)
+    keep = rng.bits(keys, *(shape or x.shape[1:])) >= int(rate * 2**32)
+    return torch.where(keep[tuple(slice(n) for n in x.shape)], x / (1 - rate), 0)
 
 
 def branch(x: Tensor, branches: Tensor | None, place: int) -> Tensor:
@@ -92,7 +94,8 @@ def attention(
         weights = (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(-1)  # (B, H, N, N)
         if taps is not None:
             taps["weights"] = weights
-        y = dropout(weights, config.attention_dropout_rate, key).to(v.dtype) @ v
+        N = x.shape[1]
+        y = dropout(weights, config.attention_dropout_rate, key, (config.num_heads, N, N)).to(v.dtype) @ v
     return affine(y.transpose(1, 2).flatten(2), out["kernel"].flatten(0, 1), out["bias"])  # (B, N, D)
 
 
@@ -118,6 +121,21 @@ def block_shapes(config: ViTConfig) -> Tree:
     }
 
 
+def attended(
+    params: Tree,
+    x: Tensor,
+    config: ViTConfig,
+    key: Tensor | None = None,
+    taps: Tree | None = None,
+    fused: bool = False,
+    queries: int | None = None,
+) -> Tensor:
+    """The attention branch of the encoder block with its norm: (B, N, D) -> (B, N, D), or (B, queries, D)."""
+    y = layer_norm(params["LayerNorm_0"], x, config)
+    asking = None if queries is None else y[:, :queries]
+    return attention(params["MultiHeadDotProductAttention_1"], y, config, key, taps, fused, asking)
+
+
 def block(
     params: Tree,
     x: Tensor,
@@ -126,18 +144,20 @@ def block(
     taps: Tree | None = None,
     fused: bool = False,
     branches: Tensor | None = None,
+    queries: int | None = None,
+    attended: Callable[..., Tensor] = attended,
 ) -> Tensor:
     """The pre-norm encoder block, equations 2 and 3 of arXiv 2010.11929: (B, N, D) -> (B, N, D).
 
     `keys` (4, B) draw the dropout masks of the attention weights, the attention's output, the MLP's activations and
     the MLP's output. A dict given as `taps` receives the attention weights (B, H, N, N) and the activations
     (B, N, M). `fused` takes torch's fused attention, which is faster and has first-order reverse-mode gradients only.
-    `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth).
+    `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth). Of so many `queries`, the
+    first tokens, the result is (B, queries, D), the same numbers for less work.
     """
     k0, k1, k2, k3 = (None,) * 4 if keys is None else keys
-    y = layer_norm(params["LayerNorm_0"], x, config)
-    y = attention(params["MultiHeadDotProductAttention_1"], y, config, k0, taps, fused)
-    x = x + branch(dropout(y, config.dropout_rate, k1), branches, 0)
+    y = attended(params, x, config, k0, taps, fused, queries)
+    x = x[:, :queries] + branch(dropout(y, config.dropout_rate, k1), branches, 0)
     y = layer_norm(params["LayerNorm_2"], x, config)
     y = mlp(params["MlpBlock_3"], y, config, k2, taps)
     return x + branch(dropout(y, config.dropout_rate, k3), branches, 1)

@@ -4,7 +4,7 @@ The update numbered t from 0 uses the rate at t, as in Google's code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,12 +49,29 @@ def layer_decay(num_layers: int, factor: float) -> tuple[tuple[str, float], ...]
     return (*blocks, (embedding, factor ** (num_layers + 1)))
 
 
+Number = float | Tensor  # of tensors 0-d ones
+Columns = tuple[list[Tensor], ...]  # leaves of several trees, in the same order
+Arithmetic = Callable[..., None]  # (columns, *numbers), which writes to the columns' leaves
+_AT_ONCE = 16  # leaves, so that temporaries are of few of them
+
+
+def together(arithmetic: Arithmetic) -> Arithmetic:
+    """Runs an update's arithmetic on several leaves at a time, as torch's foreach functions are made for."""
+
+    def run(columns: Columns, *numbers: Number | None) -> None:
+        for start in range(0, len(columns[0]), _AT_ONCE):
+            arithmetic(tuple(column[start : start + _AT_ONCE] for column in columns), *numbers)
+
+    return run
+
+
 class Update(Protocol):
     """(grads, opt_state, params, step) -> (params, opt_state), new trees that leave the given ones as they were.
 
-    `grads` has the leaves that are trained. With `donate` the memory of all three trees is reused for the result.
-    `finite`, a 0-d bool tensor, skips the update where it is false: parameters and optimizer state come back as they
-    were, whatever the gradients hold.
+    `grads` has the leaves that are trained; `scale`, a 0-d tensor, multiplies them first (clipping). With `donate` the
+    memory of opt_state and params is reused for the result. `finite`, a 0-d bool tensor, skips the update where it is
+    false: parameters and optimizer state come back as they were, whatever the gradients hold. `through` says how the
+    arithmetic runs over the leaves: `together`, or compiled for each.
     """
 
     def __call__(
@@ -64,8 +81,10 @@ class Update(Protocol):
         params: Tree,
         step: Tensor,
         *,
+        scale: Tensor | None = None,
         finite: Tensor | None = None,
         donate: bool = False,
+        through: Callable[[Arithmetic], Arithmetic] = together,
     ) -> tuple[Tree, Tree]: ...
 
 
@@ -78,15 +97,11 @@ class Optimizer(NamedTuple):
     rules: Rules = ALL
 
 
-def clip_by_global_norm(grads: Tree, norm: Tensor, max_norm: float) -> Tree:
-    """The gradients scaled to a global norm of at most `max_norm` (Pascanu et al., arXiv 1211.5063).
-
-    In memory of their own, so that an update may write to them: of one image, the class token's gradient is a view of
-    its position's.
+def clipping(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of a global norm are multiplied by, so that it is at most `max_norm` (Pascanu et al., arXiv
+    1211.5063): 0-d.
     """
-    flat = tree.flatten(grads)
-    scaled = torch._foreach_mul(list(flat.values()), torch.where(norm < max_norm, 1.0, max_norm / norm))
-    return tree.unflatten(dict(zip(flat, scaled, strict=True)))
+    return torch.where(norm < max_norm, 1.0, max_norm / norm)
 
 
 def trained(params: Tree, rules: Rules) -> Tree:
@@ -94,50 +109,32 @@ def trained(params: Tree, rules: Rules) -> Tree:
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if rules.trains(path)})
 
 
-def _at(paths: list[str], params: Tree) -> list[Tensor]:
-    flat = tree.flatten(params)
-    return [flat[path] for path in paths]
+def _groups(rules: Rules, *leaves: Mapping[str, Tensor]) -> Iterator[tuple[float, bool, Columns]]:
+    """The leaves at the paths of the first mapping by what the rules say of them: rate, decays, columns."""
+    groups: dict[tuple[float, bool], list[str]] = {}
+    for path in leaves[0]:
+        groups.setdefault((rules.rate(path), rules.decays(path)), []).append(path)
+    for (rate, decays), paths in groups.items():
+        yield rate, decays, tuple([column[path] for path in paths] for column in leaves)
 
 
-def _prepare(
-    grads: Tree, opt_state: Tree, params: Tree, finite: Tensor | None, donate: bool
-) -> tuple[Tree, Tree, Tree]:
-    """The three trees in memory that may be written to, with gradients of zero where the update is skipped."""
-    if not donate:
-        grads, opt_state, params = tree.clone(grads), tree.clone(opt_state), tree.clone(params)
-    if finite is not None:
-        for grad in tree.leaves(grads):
-            grad.masked_fill_(~finite, 0)
-    return grads, opt_state, params
-
-
-def _unless(finite: Tensor | None, value: float | Tensor, otherwise: float) -> float | Tensor:
+def _unless(finite: Tensor | None, value: Number, otherwise: float) -> Number:
     """`value`, or `otherwise` where the update is skipped."""
     return value if finite is None else torch.where(finite, value, otherwise)
 
 
-def _decayed(rules: Rules, paths: list[str], leaves: list[Tensor]) -> list[Tensor]:
-    return [leaf for path, leaf in zip(paths, leaves, strict=True) if rules.decays(path)]
+def _scaled(g: list[Tensor], scale: Tensor | None, finite: Tensor | None) -> list[Tensor]:
+    """Gradients that are multiplied by `scale`, and are 0 where the update is skipped."""
+    scaled = g if scale is None else torch._foreach_mul(g, scale)
+    return [leaf if finite is None else torch.where(finite, leaf, 0) for leaf in scaled]
 
 
-def _descent(schedule: Schedule, weight_decay: float, decay_schedule: Schedule | None, rules: Rules) -> Callable:
-    """p <- p - rate direction for the leaves at `paths`, by the rules, as a function that writes `p`.
-
-    big_vision's weight decay is in it; torch's is in the direction already.
-    """
-
-    def descend(
-        paths: list[str], p: list[Tensor], direction: list[Tensor], step: Tensor, finite: Tensor | None
-    ) -> None:
-        moves = list(torch._foreach_mul(direction, _unless(finite, schedule(step), 0.0)))
-        if rules.rates:
-            torch._foreach_mul_(moves, [rules.rate(path) for path in paths])
-        if weight_decay and decay_schedule and (decayed := _decayed(rules, paths, p)):
-            decay = _unless(finite, weight_decay * decay_schedule(step), 0.0)
-            torch._foreach_add_(_decayed(rules, paths, moves), torch._foreach_mul(decayed, decay))
-        torch._foreach_sub_(p, moves)
-
-    return descend
+def _descend(p: list[Tensor], direction: list[Tensor], rate: Number, shrink: Number | None) -> None:
+    """p <- p - rate direction - shrink p."""
+    moves = list(torch._foreach_mul(direction, rate))
+    if shrink is not None:
+        torch._foreach_add_(moves, torch._foreach_mul(p, shrink))
+    torch._foreach_sub_(p, moves)
 
 
 def sgd(
@@ -155,24 +152,32 @@ def sgd(
     given, which makes it big_vision's: p also loses decay_schedule(t) weight_decay p, apart from momentum and rate.
     With a `momentum_dtype` of bfloat16 the momentum is rounded where it is stored, after its use, as in Google's.
     """
-    descend = _descent(schedule, weight_decay, decay_schedule, rules)
 
     def init(params: Tree) -> Tree:
         return {"momentum": tree.map(lambda p: torch.zeros_like(p, dtype=momentum_dtype), trained(params, rules))}
 
-    def update(grads, opt_state, params, step, *, finite=None, donate=False):
-        grads, opt_state, params = _prepare(grads, opt_state, params, finite, donate)
-        paths, g, stored = list(tree.flatten(grads)), tree.leaves(grads), tree.leaves(opt_state["momentum"])
-        p = _at(paths, params)
+    def arithmetic(columns, scale, finite, rate, shrink, penalty, keep):
+        g, stored, p = columns
+        g = _scaled(g, scale, finite)
+        if penalty is not None:
+            g = torch._foreach_add(g, torch._foreach_mul(p, penalty))
         m = stored if momentum_dtype == torch.float32 else [leaf.float() for leaf in stored]
-        if weight_decay and not decay_schedule and (decayed := _decayed(rules, paths, p)):
-            penalty = torch._foreach_mul(decayed, _unless(finite, weight_decay, 0.0))
-            torch._foreach_add_(_decayed(rules, paths, g), penalty)
-        torch._foreach_mul_(m, _unless(finite, momentum, 1.0))
+        torch._foreach_mul_(m, keep)
         torch._foreach_add_(m, g)
         if m is not stored:
             torch._foreach_copy_(stored, m)
-        descend(paths, p, m, step, finite)
+        _descend(p, m, rate, shrink)
+
+    def update(grads, opt_state, params, step, *, scale=None, finite=None, donate=False, through=together):
+        if not donate:
+            opt_state, params = tree.clone(opt_state), tree.clone(params)
+        rate, keep = _unless(finite, schedule(step), 0.0), _unless(finite, momentum, 1.0)
+        decay = _unless(finite, weight_decay * (decay_schedule(step) if decay_schedule else 1), 0.0)
+        trees = (grads, opt_state["momentum"], params)
+        for factor, decays, columns in _groups(rules, *map(tree.flatten, trees)):
+            shrink, penalty = (decay * decays, None) if decay_schedule else (None, decay * decays)
+            terms = (shrink, penalty) if weight_decay else (None, None)
+            through(arithmetic)(columns, scale, finite, rate * factor, *terms, keep)
         return params, opt_state
 
     return Optimizer(init, update, schedule, rules)
@@ -194,32 +199,37 @@ def adamw(
     p <- p - rate (mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps) + weight_decay p), t counting updates from 1.
     With `decay_schedule` the decay is big_vision's: decay_schedule(t) weight_decay p in place of rate weight_decay p.
     """
-    descend = _descent(schedule, weight_decay, decay_schedule, rules)
 
     def init(params: Tree) -> Tree:
         count = torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
         moments = trained(params, rules)
         return {"count": count, "mu": tree.map(torch.zeros_like, moments), "nu": tree.map(torch.zeros_like, moments)}
 
-    def update(grads, opt_state, params, step, *, finite=None, donate=False):
-        grads, opt_state, params = _prepare(grads, opt_state, params, finite, donate)
-        count, mu, nu = opt_state["count"], tree.leaves(opt_state["mu"]), tree.leaves(opt_state["nu"])
-        paths, g = list(tree.flatten(grads)), tree.leaves(grads)
-        p = _at(paths, params)
-        count += 1 if finite is None else finite.to(count.dtype)
-        t = count.clamp(min=1)  # a first update that is skipped divides by 1 - b^1, and its rate is 0
-        torch._foreach_mul_(mu, _unless(finite, b1, 1.0))
+    def arithmetic(columns, scale, finite, rate, shrink, keep1, keep2, correction1, correction2):
+        g, mu, nu, p = columns
+        g = _scaled(g, scale, finite)
+        torch._foreach_mul_(mu, keep1)
         torch._foreach_add_(mu, g, alpha=1 - b1)
-        torch._foreach_mul_(nu, _unless(finite, b2, 1.0))
+        torch._foreach_mul_(nu, keep2)
         torch._foreach_addcmul_(nu, g, g, value=1 - b2)
-        denominator = torch._foreach_sqrt(torch._foreach_div(nu, _one_minus_power(b2, t)))
+        denominator = torch._foreach_sqrt(torch._foreach_div(nu, correction2))
         torch._foreach_add_(denominator, eps)
-        torch._foreach_mul_(denominator, _one_minus_power(b1, t))
-        direction = list(torch._foreach_div(mu, denominator))
-        del denominator
-        if weight_decay and not decay_schedule and (decayed := _decayed(rules, paths, p)):
-            torch._foreach_add_(_decayed(rules, paths, direction), decayed, alpha=weight_decay)
-        descend(paths, p, direction, step, finite)
+        torch._foreach_mul_(denominator, correction1)
+        _descend(p, torch._foreach_div(mu, denominator), rate, shrink)
+
+    def update(grads, opt_state, params, step, *, scale=None, finite=None, donate=False, through=together):
+        if not donate:
+            opt_state, params = tree.clone(opt_state), tree.clone(params)
+        opt_state["count"].add_(1 if finite is None else finite.to(torch.int64))
+        t = opt_state["count"].clamp(min=1)  # a first update that is skipped divides by 1 - b^1, and its rate is 0
+        rate, moments = _unless(finite, schedule(step), 0.0), (_unless(finite, b1, 1.0), _unless(finite, b2, 1.0))
+        corrections = (_one_minus_power(b1, t), _one_minus_power(b2, t))
+        trees = (grads, opt_state["mu"], opt_state["nu"], params)
+        for factor, decays, columns in _groups(rules, *map(tree.flatten, trees)):
+            own = rate * factor
+            decay = _unless(finite, decay_schedule(step), 0.0) if decay_schedule else own
+            shrink = decay * (weight_decay * decays) if weight_decay else None
+            through(arithmetic)(columns, scale, finite, own, shrink, *moments, *corrections)
         return params, opt_state
 
     return Optimizer(init, update, schedule, rules)
@@ -235,13 +245,17 @@ def with_ema(optimizer: Optimizer, decay: float) -> Optimizer:
     def init(params: Tree) -> Tree:
         return {**optimizer.init(params), "ema": tree.clone(trained(params, optimizer.rules))}
 
-    def update(grads, opt_state, params, step, *, finite=None, donate=False):
-        params, opt_state = optimizer.update(grads, opt_state, params, step, finite=finite, donate=donate)
-        paths, average = list(tree.flatten(opt_state["ema"])), tree.leaves(opt_state["ema"])
+    def arithmetic(columns, weight):
+        average, p = columns
+        torch._foreach_add_(average, torch._foreach_mul(torch._foreach_sub(p, average), weight))
+
+    def update(grads, opt_state, params, step, *, finite=None, donate=False, through=together, **how):
+        params, opt_state = optimizer.update(
+            grads, opt_state, params, step, finite=finite, donate=donate, through=through, **how
+        )
+        average, p = tree.flatten(opt_state["ema"]), tree.flatten(params)
         weight = _unless(finite, (9 / (10 + as_float(step))).clamp(min=1 - decay), 0.0)  # 1 - d
-        moves = torch._foreach_sub(_at(paths, params), average)
-        torch._foreach_mul_(moves, weight)
-        torch._foreach_add_(average, moves)
+        through(arithmetic)((list(average.values()), [p[path] for path in average]), weight)
         return params, opt_state
 
     return Optimizer(init, update, optimizer.schedule, optimizer.rules)

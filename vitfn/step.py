@@ -1,22 +1,30 @@
 """The train step and the eval step: functions of (state, batch), compiled as a whole, by block, or not at all."""
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitfn import layers, losses, scaling, tree
-from vitfn.compile import CompiledStep, compiled
+from vitfn.compile import CompiledStep, compiled, leaf_by_leaf
 from vitfn.config import ViTConfig
 from vitfn.device import Device
 from vitfn.errors import InputError
 from vitfn.gathering import lent
 from vitfn.losses import Loss
 from vitfn.meshes import ONE, Cuts, Mesh, like, local
-from vitfn.optim import Optimizer, clip_by_global_norm, trained
+from vitfn.optim import Optimizer, clipping, together, trained
+from vitfn.remat import KINDS as REMATS
+from vitfn.remat import recomputed
 from vitfn.sums import Sums
 from vitfn.tree import Tree
 from vitfn.vit import dropout_keys, forward, shapes
+
+Classify = Callable[[Tree, Tensor], Tensor]  # the head's parameters and features (B, D or R) -> logits, or their losses
+_LOGITS = 2**23  # numbers of logits that a loss holds at once
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), normalised; labels (B,) int64, or weights of the classes (B, K)
@@ -58,48 +66,98 @@ class TrainState:
     scaling = property(lambda self: self._read()[3])
 
 
-def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[[Tree], tuple[Tree, Tensor]]:
-    """`torch.func.grad_and_value` over torch.autograd.grad, in which a compiled block can run."""
+def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[..., tuple[Tree, Tensor]]:
+    """`torch.func.grad_and_value` over autograd, in which a compiled block and checkpoints can run.
 
-    def function(params: Tree) -> tuple[Tree, Tensor]:
+    To `grads` of an earlier call, whose memory is reused, the gradients are added leaf by leaf as they come.
+    """
+
+    def function(params: Tree, grads: Tree | None = None) -> tuple[Tree, Tensor]:
         flat = {path: leaf.detach().requires_grad_() for path, leaf in tree.flatten(params).items()}
+        for path, grad in tree.flatten(grads or {}).items():
+            flat[path].grad = grad
         value = loss(tree.unflatten(flat))
-        grads = torch.autograd.grad(value, list(flat.values()), allow_unused=True, materialize_grads=True)
-        return tree.unflatten({path: grad.detach() for path, grad in zip(flat, grads, strict=True)}), value.detach()
+        value.backward(inputs=list(flat.values()))
+        found = {path: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for path, leaf in flat.items()}
+        return tree.unflatten(found), value.detach()
 
     return function
 
 
-def _fused_block(params, x, config, keys=None, taps=None, branches=None):
-    return layers.block(params, x, config, keys, taps, fused=True, branches=branches)
+def _fused_block(params, x, config, keys=None, taps=None, branches=None, queries=None, attended=layers.attended):
+    return layers.block(params, x, config, keys, taps, True, branches, queries, attended)
 
 
-def _make_forward(config: ViTConfig, precision: str, form: str, row: Device, mesh: Mesh) -> Callable[..., Tensor]:
+def _make_block(form: str, row: Device, remat: str) -> Callable[..., Tensor]:
+    """The encoder block of all layers. That of the class token alone is never compiled: it is little work."""
+    block = _fused_block
+    if remat == "attention":
+        block = functools.partial(_fused_block, attended=recomputed(layers.attended))
+    if remat == "block":
+        block = recomputed(_fused_block)
+    if form != "block":
+        return block
+    all_tokens = compiled(block, row)
+
+    def either(*arguments, queries=None, **named):
+        return (
+            all_tokens(*arguments, **named) if queries is None else _fused_block(*arguments, queries=queries, **named)
+        )
+
+    return either
+
+
+def _make_forward(
+    config: ViTConfig, precision: str, form: str, row: Device, mesh: Mesh, remat: str = "none"
+) -> Callable[..., Tensor]:
     """(params, images, keys) -> logits, float32 after autocast, with one compiled block for all layers if so asked.
 
-    Of parameters that the mesh cuts it takes the parts.
+    Of parameters that the mesh cuts it takes the parts. `classify` is `vit.forward`'s.
     """
     dtype, cuts = PRECISIONS[precision], mesh.cuts(shapes(config), "sharded")
-    block = compiled(_fused_block, row) if form == "block" else _fused_block
+    block = _make_block(form, row, remat)
 
-    def logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
+    def logits(params: Tree, images: Tensor, keys: Tensor | None = None, classify: Classify = layers.dense) -> Tensor:
         if dtype is None:
-            return forward(params, images, config, keys, block=block)
+            return forward(params, images, config, keys, block=block, classify=classify)
         with torch.autocast(row.name, dtype):
-            return forward(params, images, config, keys, block=block).float()
+            return forward(params, images, config, keys, block=block, classify=classify).float()
 
-    def gathering_logits(params: Tree, images: Tensor, keys: Tensor | None = None) -> Tensor:
+    def gathering_logits(params: Tree, *arguments: Any) -> Tensor:
         with lent(params, cuts, mesh, dtype, row.overlaps) as whole:
-            return logits(whole, images, keys)
+            return logits(whole, *arguments)
 
     return gathering_logits if cuts else logits
 
 
-def _check(precision: str, compile: str, sharded: Cuts) -> None:
+def _make_losses(logits: Callable[..., Tensor], loss: Loss, smoothing: float, form: str) -> Callable[..., Tensor]:
+    """(params, images, labels, keys) -> the losses (B,), without ever holding all logits of many classes."""
+
+    def of_features(head: Tree, x: Tensor, labels: Tensor) -> Tensor:
+        return loss(layers.dense(head, x).float(), labels, smoothing)
+
+    def losses(params: Tree, images: Tensor, labels: Tensor, keys: Tensor | None) -> Tensor:
+        def classify(head: Tree, x: Tensor) -> Tensor:
+            parts = math.ceil(len(x) * head["bias"].numel() / _LOGITS)
+            if form == "step" or parts == 1:
+                return of_features(head, x, labels)
+            chunks = zip(x.chunk(parts), labels.chunk(parts), strict=True)
+            return torch.cat([recomputed(of_features)(head, *chunk) for chunk in chunks])
+
+        return logits(params, images, keys, classify)
+
+    return losses
+
+
+def _check(precision: str, compile: str, sharded: Cuts, remat: str = "none") -> None:
     if precision not in PRECISIONS:
         raise InputError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if remat not in REMATS:
+        raise InputError(f"remat: found {remat!r}, expected one of {', '.join(REMATS)}")
     if sharded and compile == "step":
         raise InputError("compile=step: one graph cannot gather sharded parameters; expected block or off")
+    if remat != "none" and compile == "step":
+        raise InputError(f"compile=step: one graph by torch.func cannot do remat={remat}; expected block or off")
 
 
 def make_train_step(
@@ -116,6 +174,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
     loss_scale: float = 0.0,
+    remat: str = "none",
     mesh: Mesh = ONE,
 ) -> CompiledStep:
     """`train_step(state, (images, labels)) -> (state, metrics)`: one update by an `Optimizer` of the mean loss.
@@ -132,6 +191,9 @@ def make_train_step(
     Where compiling fails, less is compiled, or with `compile_fallback` false RunError is raised. `seed` draws the
     dropout masks. With `donate` the given state's memory is reused, and using that state again raises RuntimeError.
 
+    `remat` is what backward computes again instead of keeping it: 'none', the 'attention' branch of each encoder block,
+    or the whole 'block'; the numbers are the same. It cannot be compiled as 'step'.
+
     On a `mesh` of several ranks each gets its share of the batch, the images of `ranks.span`, and all make the same
     update, of the mean over all: between forward and update the gradients are summed, outside of what is compiled. The
     metrics then have `device_loss` too, the mean over the own share. The state's params are `mesh.placed(params)`, and
@@ -140,50 +202,55 @@ def make_train_step(
     ranks, sharded, split = mesh.ranks, *(mesh.cuts(shapes(config), kind) for kind in ("sharded", "optimizer"))
     split = {path: dim for path, dim in split.items() if optimizer.rules.trains(path)}
     cuts = {**sharded, **split}
-    _check(precision, compile, sharded)
+    _check(precision, compile, sharded, remat)
     drops = bool(config.dropout_rate or config.attention_dropout_rate or config.stochastic_depth_rate)
 
     def build(form: str, row: Device) -> Callable:
-        logits = _make_forward(config, precision, form, row, mesh)
-        transform = torch.func.grad_and_value if form == "step" else grad_and_value
+        logits = _make_forward(config, precision, form, row, mesh, remat)
+        losses_of = _make_losses(logits, loss, label_smoothing, form)
+        through = leaf_by_leaf(row) if form == "block" and row.leaf_by_leaf else together
 
-        def gradients(params, scales, batch, watched=None):
-            """Of the part of the mean loss that these images have, scaled."""
+        def gradients(params, scales, batch, earlier=None, watched=None):
+            """Of the part of the mean loss that these images have, scaled; added to those of `earlier` parts."""
             images, labels, keys = batch
 
             def part(leaves: Tree) -> Tensor:
                 leaves = watched(leaves) if watched else leaves
                 # torch 2.7's Dynamo cannot trace | of dicts
                 everything = tree.unflatten({**tree.flatten(params), **tree.flatten(leaves)})
-                each = loss(logits(everything, images, keys), labels, label_smoothing)
-                value = each.sum() / (len(images) * accumulation_steps * ranks.count)
+                value = losses_of(everything, images, labels, keys).sum()
+                value = value / (len(images) * accumulation_steps * ranks.count)
                 return value * scales["scale"] if scales else value
 
-            return transform(part)(trained(params, optimizer.rules))
+            leaves = trained(params, optimizer.rules)
+            return torch.func.grad_and_value(part)(leaves) if form == "step" else grad_and_value(part)(leaves, earlier)
 
         def finish(grads, norm, value, own, step, params, opt_state, scales):
             with torch.no_grad():
                 if scales:
-                    grads = tree.map(lambda leaf: leaf / scales["scale"], grads)
                     norm, value, own = (number / scales["scale"] for number in (norm, value, own))
                 finite = norm.isfinite()
+                factor = clipping(norm, max_grad_norm)
                 metrics = {"loss": value, "grad_norm": norm, "learning_rate": optimizer.schedule(step)}
                 if ranks.count > 1:
                     metrics["device_loss"] = own * ranks.count
                 if scales:
+                    factor = factor / scales["scale"]
                     metrics["loss_scale"] = scales["scale"].clone()
                     scales = scales if loss_scale else scaling.adjusted(scales, finite)
-                grads = clip_by_global_norm(grads, norm, max_grad_norm)
-                params, opt_state = optimizer.update(grads, opt_state, params, step, finite=finite, donate=True)
+                params, opt_state = optimizer.update(
+                    grads, opt_state, params, step, scale=factor, finite=finite, donate=True, through=through
+                )
             return step + 1, params, opt_state, scales, metrics
 
         def update(step, params, opt_state, scales, batches):
             sums = Sums(mesh, sharded, split) if ranks.count > 1 else None
             watched = sums.watched if sums and row.overlaps and form != "step" and len(batches) == 1 else None
-            grads, value = gradients(params, scales, batches[0], watched)
+            grads, value = gradients(params, scales, batches[0], None, watched)
             for batch in batches[1:]:
-                more, more_value = gradients(params, scales, batch)
-                grads, value = tree.map(torch.add, grads, more), value + more_value  # not in place: leaves may overlap
+                more, more_value = gradients(params, scales, batch, None if form == "step" else grads)
+                grads = tree.map(torch.add, grads, more) if form == "step" else more
+                value = value + more_value
             grads, total = sums(grads, value) if sums else (grads, value)
             norm = mesh.norm(grads, cuts)
             return finish(grads, norm, total, value, step, mesh.parts(params, split), opt_state, scales)

@@ -106,17 +106,24 @@ def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
     patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=P)  # (B, N, P P C)
     kernel = params["embedding"]["kernel"].flatten(0, 2)  # (P P C, D)
     x = layers.dense({"kernel": kernel, "bias": params["embedding"]["bias"]}, patches)  # (B, N, D)
-    if config.posemb == "sincos2d":
-        x = x + sincos2d(config, x)
-    if config.classifier == "token":
-        x = torch.cat([params["cls"].to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-    return x if config.posemb == "sincos2d" else x + params["Transformer"]["posembed_input"]["pos_embedding"]
+    learned = config.posemb == "learn"
+    positions = (
+        params["Transformer"]["posembed_input"]["pos_embedding"] if learned else sincos2d(config, x)
+    )  # (1, N, D)
+    if config.classifier != "token":
+        return x + positions
+    # the class token is added to its position before it is copied for each image: gradients that share no memory
+    first = params["cls"].to(x.dtype)  # (1, 1, D)
+    if learned:
+        first, positions = first + positions[:, :1], positions[:, 1:]
+    return torch.cat([first.expand(len(x), 1, -1), x + positions], dim=1)
 
 
-def head(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
+def head(params: Tree, x: Tensor, config: ViTConfig, classify: Callable[..., Tensor] = layers.dense) -> Tensor:
     """Encoded tokens to logits, equation 4 and the optional tanh layer of section 3.1: (B, N, D) -> (B, K).
 
-    Without a head, the pooled features (B, D) or (B, R).
+    Without a head, the pooled features (B, D) or (B, R). `classify` makes something else of the head's parameters and
+    these features.
     """
     if config.classifier == "map":
         x = layers.map_head(params["MAPHead_0"], x, config)  # (B, D)
@@ -124,7 +131,7 @@ def head(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
         x = x[:, 0] if config.classifier == "token" else x.mean(dim=1)  # (B, D)
     if config.representation_size:
         x = layers.dense(params["pre_logits"], x).tanh()  # (B, R)
-    return layers.dense(params["head"], x) if config.num_classes else x
+    return classify(params["head"], x) if config.num_classes else x
 
 
 def dropout_keys(config: ViTConfig, seed: int, step: int | Tensor, sample: Tensor) -> Tensor:
@@ -156,25 +163,38 @@ def forward(
     keys: Tensor | None = None,
     captured: Tree | None = None,
     block: Callable[..., Tensor] = layers.block,
+    classify: Callable[..., Tensor] = layers.dense,
 ) -> Tensor:
-    """`apply` with the dropout keys made and the intermediates to be kept in a given dict; `block` may be compiled."""
+    """`apply` with the dropout keys made and the intermediates to be kept in a given dict; `block` may be compiled,
+    and `classify` is `head`'s.
+
+    With class-token pooling the last block computes queries, output and MLP for that token alone, unless intermediates
+    are asked for.
+    """
     x = embed(params, images, config)
     if captured is not None:
         captured["embedded"] = x
     x = layers.dropout(x, config.dropout_rate, None if keys is None else keys[0, 0])
     branches = None if keys is None or not config.stochastic_depth_rate else branch_factors(config, keys)
+    pooled = captured is None and config.classifier == "token"  # of the last block the class token alone is used
     for i in range(config.num_layers):
         name = f"encoderblock_{i}"
         taps = None if captured is None else captured.setdefault(name, {})
-        own_keys = None if keys is None else keys[i + 1]
-        own_branches = None if branches is None else branches[i]
-        x = block(params["Transformer"][name], x, config, own_keys, taps, branches=own_branches)
+        x = block(
+            params["Transformer"][name],
+            x,
+            config,
+            None if keys is None else keys[i + 1],
+            taps,
+            branches=None if branches is None else branches[i],
+            queries=1 if pooled and i == config.num_layers - 1 else None,
+        )
         if taps is not None:
             taps["tokens"] = x
     x = layers.layer_norm(params["Transformer"]["encoder_norm"], x, config)
     if captured is not None:
         captured["encoded"] = x
-    return head(params, x, config)
+    return head(params, x, config, classify)
 
 
 def apply(

@@ -215,7 +215,7 @@ def adamw(
         denominator = torch._foreach_sqrt(torch._foreach_div(nu, correction2))
         torch._foreach_add_(denominator, eps)
         torch._foreach_mul_(denominator, correction1)
-        _descend(p, torch._foreach_div(mu, denominator), rate, shrink)
+        _descend(p, list(torch._foreach_div(mu, denominator)), rate, shrink)
 
     def update(grads, opt_state, params, step, *, scale=None, finite=None, donate=False, through=together):
         if not donate:

@@ -84,27 +84,27 @@ def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[..., tuple[Tree, 
     return function
 
 
-def _fused_block(params, x, config, keys=None, taps=None, branches=None, queries=None, attended=layers.attended):
+def _fused_block(params, x, config, keys, taps, branches, queries, attended=layers.attended):
     return layers.block(params, x, config, keys, taps, True, branches, queries, attended)
+
+
+def _attention_recomputing_block(params, x, config, keys, taps, branches, queries):
+    return _fused_block(params, x, config, keys, taps, branches, queries, recomputed(layers.attended))
+
+
+_BLOCKS = {"none": _fused_block, "attention": _attention_recomputing_block, "block": recomputed(_fused_block)}
 
 
 def _make_block(form: str, row: Device, remat: str) -> Callable[..., Tensor]:
     """The encoder block of all layers. That of the class token alone is never compiled: it is little work."""
-    block = _fused_block
-    if remat == "attention":
-        block = functools.partial(_fused_block, attended=recomputed(layers.attended))
-    if remat == "block":
-        block = recomputed(_fused_block)
     if form != "block":
-        return block
-    all_tokens = compiled(block, row)
+        return _BLOCKS[remat]
+    all_tokens = compiled(_BLOCKS[remat], row)
 
-    def either(*arguments, queries=None, **named):
-        return (
-            all_tokens(*arguments, **named) if queries is None else _fused_block(*arguments, queries=queries, **named)
-        )
+    def block(params, x, config, keys, taps, branches, queries):
+        return (all_tokens if queries is None else _fused_block)(params, x, config, keys, taps, branches, queries)
 
-    return either
+    return block
 
 
 def _make_forward(

@@ -20,7 +20,7 @@ from vitfn.meshes import ONE, Mesh
 WORKERS = Path(__file__).parent / "meshes"
 MIXED = "head/.*=replicated;.*Mlp.*=optimizer;.*=sharded"
 # name, mesh, placement, compile form, recipe, precision, whether collectives overlap with computing; see training.py
-ALONE = [f"{recipe}||sharded|off|{recipe}|float32|" for recipe in ("sgd", "adamw", "frozen", "parts")]
+ALONE = [f"{recipe}||sharded|off|{recipe}|float32|" for recipe in ("sgd", "adamw", "frozen", "parts", "recomputed")]
 ALONE += ["bfloat16||sharded|off|frozen|bfloat16|"]
 ON_2 = {
     "data, sgd": "|sharded|off|sgd|float32|",
@@ -28,6 +28,7 @@ ON_2 = {
     "sharded, sgd": "shard=2|sharded|off|sgd|float32|",
     "optimizer, sgd": "shard=2|optimizer|off|sgd|float32|",
     "optimizer, overlapping, adamw": "shard=2|optimizer|off|adamw|float32|yes",
+    "sharded, recomputed": "shard=2|sharded|off|recomputed|float32|",
     "sharded, parts": "shard=2|sharded|off|parts|float32|",
     "optimizer, overlapping, parts": "shard=2|optimizer|off|parts|float32|yes",
     "sharded, frozen, bfloat16": "shard=2|sharded|off|frozen|bfloat16|yes",
@@ -42,6 +43,7 @@ ON_4 = {
     "mixed over 2, overlapping, frozen": f"data=2,shard=2|{MIXED}|off|frozen|float32|yes",
 }
 COMPILED = {
+    "sharded, overlapping, recomputed": "shard=2|sharded|block|recomputed|float32|yes",
     "sharded, block, adamw": "shard=2|sharded|block|adamw|float32|",
     "optimizer, block, frozen": "shard=2|optimizer|block|frozen|float32|yes",
     "optimizer, step, frozen": "shard=2|optimizer|step|frozen|float32|",

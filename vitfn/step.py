@@ -1,6 +1,5 @@
 """The train step and the eval step: functions of (state, batch), compiled as a whole, by block, or not at all."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -69,17 +68,19 @@ class TrainState:
 def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[..., tuple[Tree, Tensor]]:
     """`torch.func.grad_and_value` over autograd, in which a compiled block and checkpoints can run.
 
-    To `grads` of an earlier call, whose memory is reused, the gradients are added leaf by leaf as they come.
+    To `earlier` gradients, whose memory is reused, the gradients are added leaf by leaf as they come.
     """
 
-    def function(params: Tree, grads: Tree | None = None) -> tuple[Tree, Tensor]:
+    def function(params: Tree, earlier: Tree | None = None) -> tuple[Tree, Tensor]:
         flat = {path: leaf.detach().requires_grad_() for path, leaf in tree.flatten(params).items()}
-        for path, grad in tree.flatten(grads or {}).items():
-            flat[path].grad = grad
         value = loss(tree.unflatten(flat))
+        if earlier is None:
+            grads = torch.autograd.grad(value, list(flat.values()), allow_unused=True, materialize_grads=True)
+            return tree.unflatten({path: grad.detach() for path, grad in zip(flat, grads, strict=True)}), value.detach()
+        for path, grad in tree.flatten(earlier).items():
+            flat[path].grad = grad
         value.backward(inputs=list(flat.values()))
-        found = {path: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for path, leaf in flat.items()}
-        return tree.unflatten(found), value.detach()
+        return tree.map(lambda leaf: leaf.grad, tree.unflatten(flat)), value.detach()
 
     return function
 
@@ -208,6 +209,7 @@ def make_train_step(
     def build(form: str, row: Device) -> Callable:
         logits = _make_forward(config, precision, form, row, mesh, remat)
         losses_of = _make_losses(logits, loss, label_smoothing, form)
+        in_place = form != "step" and not sharded  # parts of sharded leaves' sums are there after backward alone
         through = leaf_by_leaf(row) if form == "block" and row.leaf_by_leaf else together
 
         def gradients(params, scales, batch, earlier=None, watched=None):
@@ -248,8 +250,8 @@ def make_train_step(
             watched = sums.watched if sums and row.overlaps and form != "step" and len(batches) == 1 else None
             grads, value = gradients(params, scales, batches[0], None, watched)
             for batch in batches[1:]:
-                more, more_value = gradients(params, scales, batch, None if form == "step" else grads)
-                grads = tree.map(torch.add, grads, more) if form == "step" else more
+                more, more_value = gradients(params, scales, batch, grads if in_place else None)
+                grads = more if in_place else tree.map(torch.add, grads, more)
                 value = value + more_value
             grads, total = sums(grads, value) if sums else (grads, value)
             norm = mesh.norm(grads, cuts)

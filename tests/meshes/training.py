@@ -34,6 +34,7 @@ RECIPES = {
     "adamw": (20, lambda: optim.with_ema(optim.adamw(schedules.warmup_cosine(0.001, 20, 2), weight_decay=0.1), 0.9)),
     "frozen": (5, lambda: optim.sgd(lambda step: 0.03, rules=FROZEN)),
     "parts": (5, lambda: optim.sgd(lambda step: 0.03)),
+    "recomputed": (5, lambda: optim.sgd(lambda step: 0.03)),
 }
 BATCH, TEST = 16, 1000
 
@@ -56,7 +57,8 @@ def train(ranks: Ranks, mesh: str, placement: str, form: str, recipe: str, preci
     params = vit.init(CONFIG, 0, made.place)
     state = TrainState(0, params, optimizer.init(made.updated(params)))
     options = {"precision": precision, "compile": form, "compile_fallback": False, "mesh": made}
-    train_step = make_train_step(CONFIG, optimizer, accumulation_steps=2 if recipe == "parts" else 1, **options)
+    how = {"parts": {"accumulation_steps": 2}, "recomputed": {"remat": "block"}}.get(recipe, {})
+    train_step = make_train_step(CONFIG, optimizer, **how, **options)
     curve = []
     for step in range(steps):
         start, stop = ranks.span(BATCH)

@@ -99,7 +99,7 @@ def test_many_classes_are_measured_in_chunks(loss, monkeypatch):
 
 
 def test_one_graph_cannot_recompute_and_says_which_form_can():
-    with pytest.raises(InputError, match="compile=step: .* remat=block; expected block or off"):
+    with pytest.raises(InputError, match=r"compile=step: .* remat=block; expected block or off"):
         vitfn.make_train_step(SMALL, OPTIMIZERS["sgd"], compile="step", remat="block")
     with pytest.raises(InputError, match="remat: found 'all', expected one of none, attention, block"):
         vitfn.make_train_step(SMALL, OPTIMIZERS["sgd"], remat="all")

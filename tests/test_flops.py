@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitfn
 from vitfn import resnet
-from vitfn.flops import forward_flops, measured_peak
+from vitfn.flops import forward_flops, measured_peak, needed_flops
 
 
 def counted(function) -> int:
@@ -46,6 +46,52 @@ def test_a_hybrid_s_are_those_beside_its_stem():
     assert forward_flops(config) == beside
 
 
+def needed(config: vitfn.ViTConfig, training: bool) -> int:
+    """What torch counts of one image's products without shapes' values, written here for the tokens that matter."""
+    D, M, N, H = config.hidden_size, config.mlp_dim, config.num_tokens, config.num_heads
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", requires_grad=training)
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return (x @ leaf(D, D)).reshape(len(x), H, D // H).transpose(0, 1)  # (H, N, D / H)
+
+    def model() -> None:
+        patches = torch.empty(N - (config.classifier == "token"), config.patch_size**2 * config.channels, device="meta")
+        x = torch.cat([leaf(N - len(patches), D), patches @ leaf(patches.shape[1], D)])
+        for i in range(config.num_layers):
+            asking = x[:1] if config.classifier == "token" and i == config.num_layers - 1 else x
+            weights = (heads(asking) @ heads(x).mT).softmax(-1)  # (H, N, N)
+            x = asking + (weights @ heads(x)).transpose(0, 1).reshape(asking.shape) @ leaf(D, D)
+            x = x + (x @ leaf(D, M)).tanh() @ leaf(M, D)
+        logits = x.mean(0, keepdim=True) @ leaf(D, config.num_classes)
+        if training:
+            logits.sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        model()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"classifier": "gap"}, {"num_layers": 1, "image_size": (16, 40), "mlp_dim": 50}], ids=str
+)
+def test_what_is_needed_is_the_class_token_s_in_the_last_block_and_no_gradient_of_images(overrides, training):
+    config = dataclasses.replace(SMALL, **overrides)
+    assert needed_flops(config, training) == needed(config, training)
+
+
+def test_without_a_class_token_a_forward_pass_needs_everything():
+    config = dataclasses.replace(SMALL, classifier="map")
+    assert needed_flops(config) == forward_flops(config)
+
+
+def test_the_last_block_of_a_vit_b_16_is_worth_7_percent():
+    config = vitfn.get_config("B/16")
+    assert needed_flops(config) / forward_flops(config) == pytest.approx(0.93, abs=0.005)
+
+
 def test_vit_b_16_takes_the_35_gigaflops_that_are_known():
     """17.5 billion multiply-adds of DeiT-B, the same model (Liu et al., arXiv 2103.14030, table 1)."""
     assert forward_flops(vitfn.get_config("B/16")) == pytest.approx(2 * 17.5e9, rel=0.005)
@@ -62,3 +108,14 @@ def test_the_product_grows_until_it_takes_30_milliseconds(monkeypatch):
     clock = itertools.accumulate([0, 1e-3] * 3 + [0, 4e-2] * 3)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert measured_peak("cpu", torch.float32) == pytest.approx(max(2 * 256**3 / 1e-3, 2 * 512**3 / 4e-2))
+
+
+def test_a_product_of_the_largest_size_is_repeated_until_it_can_be_timed(monkeypatch):
+    """On a device that takes 1 ms for whatever it is told: from 8192 on, 4 times as many products each time."""
+    asked = []
+    clock = itertools.accumulate(itertools.chain([0, 1e-3] * 3 * 7, [0, 4e-2] * 3))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda size, _, generator: asked.append(size) or randn(2, 2))
+    assert measured_peak("cpu", torch.float32) == pytest.approx(4 * 2 * 8192**3 / 1e-3)
+    assert asked == [256, 512, 1024, 2048, 4096, 8192, 8192, 8192]

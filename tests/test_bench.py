@@ -16,7 +16,7 @@ from absl.flags import FlagValues
 from conftest import ROOT
 from torch.autograd import DeviceType
 
-from vitfn import bench, device, flags, operators, timing, tree, workload
+from vitfn import bench, bench_measures, device, flags, operators, timing, tree, workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,24 +180,41 @@ def test_the_datasheet_s_peak_is_by_name_and_precision(monkeypatch, name, precis
     assert device.datasheet_peak(device.DEVICES["cpu"], precision) is None
 
 
-def test_a_step_without_update_has_the_loss_of_one_with_it_and_leaves_the_parameters():
-    work = work_of("--warmup_steps=0", "--learning_rate=1", "--max_grad_norm=100")
+def test_the_seconds_of_updates_are_known_and_their_results_are_the_same():
+    work = work_of("--warmup_steps=0", "--learning_rate=1", "--weight_decay=0.1")
     params, batch = workload.parameters(work), workload.random_batch(work, 4)
-    before = tree.clone(params)
-    bare, _ = workload.training(work, params, batch, updates=False)
-    losses = [float(bare()) for _ in range(2)]
+    optimizer, found = workload.timed(work.optimizer)
+    losses = []
+    for each in (work, work._replace(optimizer=optimizer)):
+        call, _ = workload.training(each, tree.clone(params), batch)
+        losses.append([float(call()) for _ in range(3)])
     assert losses[0] == losses[1]
-    assert all((a == b).all() for a, b in zip(tree.leaves(params), tree.leaves(before), strict=True))
-    whole, _ = workload.training(work, params, batch)
-    assert float(whole()) == losses[0]
-    assert float(whole()) != losses[0]
+    assert len(set(losses[0])) == 3
+    assert len(found) == 3
+    assert min(found) > 0
 
 
-def test_parts_are_differences_of_medians(monkeypatch):
-    monkeypatch.setattr(
-        bench, "steady", lambda *_: {"train": [0.010] * 3, "no update": [0.008] * 3, "forward": [0.003] * 3}
-    )
-    found = bench._parts(work_of())
+def test_an_update_s_seconds_are_those_between_two_waits(clock):
+    def update(grads, opt_state, params, step, *, finite):
+        clock.time += 2 + finite
+        return params, opt_state
+
+    optimizer, found = workload.timed(work_of().optimizer._replace(update=update))
+    leaves = {"a": torch.zeros(2)}
+    assert optimizer.update(leaves, {}, leaves, torch.tensor(0), finite=1) == (leaves, {})
+    assert found == [3]
+
+
+def test_backward_is_what_forward_and_update_leave(monkeypatch):
+    updates = []
+
+    def steady(calls, *_):
+        updates[:] = [0.002] * 3
+        return {"train": [0.010] * 3, "update": [0.012] * 3, "forward": [0.003] * 3}
+
+    monkeypatch.setattr(workload, "timed", lambda optimizer: (optimizer, updates))
+    monkeypatch.setattr(bench_measures, "steady", steady)
+    found = bench_measures._parts(work_of())
     assert found["milliseconds"] == pytest.approx({"forward": 3, "backward": 5, "update": 2})
     assert found["shares"] == pytest.approx({"forward": 0.3, "backward": 0.5, "update": 0.2})
     assert found["fused_attention"] == ["aten::_scaled_dot_product_flash_attention_for_cpu"]
@@ -206,9 +223,9 @@ def test_parts_are_differences_of_medians(monkeypatch):
 def test_mfu_is_the_model_s_operations_over_the_larger_ceiling(monkeypatch):
     ceilings = iter([1e9, 4e9])
     monkeypatch.setattr(workload, "ceiling", lambda work: next(ceilings))
-    monkeypatch.setattr(bench, "steady", lambda *_: {"train": [0.5] * 3})
+    monkeypatch.setattr(bench_measures, "steady", lambda *_: {"train": [0.5] * 3})
     monkeypatch.setattr(device, "datasheet_peak", lambda row, precision: 8e9)
-    found = bench._step(work_of(), training=True)
+    found = bench_measures._step(work_of(), training=True)
     counted = workload.operations(work_of(), training=True)
     assert found["images_per_second"] == 8
     assert found["operations_per_second"] == {"ceiling": 4e9, "datasheet": 8e9}

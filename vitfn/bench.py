@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from absl.flags import FlagValues
 
-from vitfn import __version__, bench_table, device, flags, operators, timing, vit, workload
+from vitfn import __version__, bench_measures, bench_table, device, flags, operators, vit, workload
 from vitfn.command import run_command
 from vitfn.errors import InputError, RunError
 from vitfn.files import replacing
-from vitfn.timing import milliseconds, steady
 from vitfn.workload import Workload
 
-WHAT = ("train", "eval", "input", "compile", "parts")
+WHAT = ("train", "eval", "input", "compile", "parts")  # compile consists of trains
 log = logging.getLogger("vitfn")
 
 
@@ -57,7 +56,7 @@ def command(fv: FlagValues, argv: list[str]) -> int:
         Path(fv.out).mkdir(parents=True, exist_ok=True)
     if len(asked) == 1 and asked != ["compile"]:
         log.info("measuring %s", asked[0])
-        results = {asked[0]: MEASURES[asked[0]](work)}
+        results = {asked[0]: bench_measures.MEASURES[asked[0]](work)}
     else:
         results, code = _apart(asked, argv)
         if code:  # of a process that has said why
@@ -106,100 +105,6 @@ def _processes(asked: list[str], folder: str) -> Iterator[tuple[str, str, list[s
         for name in ("cold", "warm"):  # caches: empty, and as the process before left them
             log.info("compiling, with %s caches:", name)
             yield name, "train", ["--rounds=3"], {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "caches")}
-
-
-def _train(work: Workload) -> dict[str, Any]:
-    return _step(work, training=True)
-
-
-def _eval(work: Workload) -> dict[str, Any]:
-    return _step(work, training=False)
-
-
-def _step(work: Workload, training: bool) -> dict[str, Any]:
-    fv, before = work.fv, timing.resident()
-    size = fv.train_batch_size if training or not fv["eval_batch_size"].present else fv.eval_batch_size
-    make, name = (workload.training, "train") if training else (workload.evaluating, "eval")
-    call, step = make(work, workload.parameters(work), workload.random_batch(work, size))
-    first, ceiling = timing.seconds(call), workload.ceiling(work)
-    device.forget_peak_memory(work.row)
-    found = steady({name: call}, fv.rounds, fv.seconds)[name]
-    memory, kind = device.peak_memory(work.row), "device"
-    if memory is None and before and (after := timing.resident()):
-        memory, kind = after[1] - before[0], "process"
-    ceiling = max(ceiling, workload.ceiling(work))
-    times = milliseconds(found)
-    rate = 1000 * size / times["median"]
-    peak, counted = device.datasheet_peak(work.row, work.precision), workload.operations(work, training)
-
-    def used(operations: str, peak: float | None) -> float | None:
-        return counted[operations] * rate / peak if counted and peak else None
-
-    return {
-        "batch_size": size,
-        "form": step.form,
-        "failures": step.failures,
-        "first_seconds": first,
-        "rounds": len(found),
-        "milliseconds": times,
-        "images_per_second": rate,
-        "operations_per_image": counted,
-        "operations_per_second": {"ceiling": ceiling, "datasheet": peak},
-        "utilisation": {
-            "mfu": used("model", ceiling),
-            "needed": used("needed", ceiling),
-            "mfu_of_datasheet": used("model", peak),
-        },
-        "peak_memory": {"bytes": memory, "of": kind},
-    }
-
-
-def _input(work: Workload) -> dict[str, Any]:
-    batches = workload.training_batches(work)
-
-    def call() -> torch.Tensor:
-        return next(batches)[0][0, 0, 0, 0]
-
-    first = timing.seconds(call)
-    times = milliseconds(steady({"input": call}, work.fv.rounds, work.fv.seconds)["input"])
-    return {
-        "dataset": work.fv.dataset,
-        "batch_size": work.fv.train_batch_size,
-        "first_seconds": first,
-        "milliseconds": times,
-        "images_per_second": 1000 * work.fv.train_batch_size / times["median"],
-    }
-
-
-def _parts(work: Workload) -> dict[str, Any]:
-    """Forward is the eval step, update what a train step takes longer than one without, backward the rest."""
-    params, batch = workload.parameters(work), workload.random_batch(work, work.fv.train_batch_size)
-    whole, step = workload.training(work, params, batch)
-    calls = {
-        "train": whole,
-        "no update": workload.training(work, params, batch, updates=False)[0],
-        "forward": workload.evaluating(work, params, batch)[0],
-    }
-    for call in calls.values():
-        timing.seconds(call)
-    found = steady(calls, work.fv.rounds, work.fv.seconds)
-    median = {name: milliseconds(each)["median"] for name, each in found.items()}
-    parts = {
-        "forward": median["forward"],
-        "backward": max(0.0, median["no update"] - median["forward"]),
-        "update": max(0.0, median["train"] - median["no update"]),
-    }
-    listed, fused = operators.profiled(whole)
-    return {
-        "form": step.form,
-        "milliseconds": parts,
-        "shares": {name: part / sum(parts.values()) for name, part in parts.items()},
-        "fused_attention": fused,
-        "operators": [operator._asdict() for operator in listed],
-    }
-
-
-MEASURES = {"train": _train, "eval": _eval, "input": _input, "parts": _parts}
 
 
 def _heading(work: Workload, argv: list[str]) -> dict[str, Any]:

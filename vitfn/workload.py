@@ -1,6 +1,7 @@
 """What vitfn.bench measures: the steps and the training batches that flags ask for, on random weights and images."""
 
 import sys
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Workload(NamedTuple):
     row: device.Device
     config: ViTConfig
     precision: str
+    compile: str
     optimizer: Optimizer
 
 
@@ -34,7 +36,8 @@ def from_flags(fv: FlagValues) -> Workload:
     recipe.check(fv, row)
     config = recipe.model(fv, None)
     config = recipe.for_data(config, config.num_classes, fv.channels)
-    return Workload(fv, row, config, device.resolved_precision(row, fv.precision), recipe.optimizer(fv, config))
+    precision = device.resolved_precision(row, fv.precision)
+    return Workload(fv, row, config, precision, fv.compile, recipe.optimizer(fv, config))
 
 
 def parameters(work: Workload) -> Tree:
@@ -50,17 +53,15 @@ def random_batch(work: Workload, size: int) -> Batch:
     return images.to(work.row.name), labels.to(work.row.name)
 
 
-def training(work: Workload, params: Tree, batch: Batch, updates: bool = True) -> tuple[Call, CompiledStep]:
-    """A call that makes a train step, of a state that it keeps, and the step; or one that leaves the update out."""
+def training(work: Workload, params: Tree, batch: Batch) -> tuple[Call, CompiledStep]:
+    """A call that makes a train step, of a state that it keeps, and the step."""
     fv, optimizer = work.fv, work.optimizer
-    if not updates:
-        optimizer = Optimizer(lambda params: {}, _no_update, optimizer.schedule, optimizer.rules)
     step = make_train_step(
         work.config,
         optimizer,
         max_grad_norm=fv.max_grad_norm,
         precision=work.precision,
-        compile=fv.compile,
+        compile=work.compile,
         compile_fallback=fv.compile_fallback,
         seed=fv.seed,
         loss=recipe.loss(fv.loss, several_labels=False),
@@ -78,8 +79,26 @@ def training(work: Workload, params: Tree, batch: Batch, updates: bool = True) -
     return call, step
 
 
-def _no_update(grads: Tree, opt_state: Tree, params: Tree, step: torch.Tensor, **how) -> tuple[Tree, Tree]:
-    return params, opt_state
+def timed(optimizer: Optimizer) -> tuple[Optimizer, list[float]]:
+    """The optimizer, whose updates wait for the device before and after, and the seconds of each, as they come.
+
+    So nothing that is compiled as one graph can contain it.
+    """
+    found: list[float] = []
+
+    def update(grads: Tree, opt_state: Tree, params: Tree, step: torch.Tensor, **how) -> tuple[Tree, Tree]:
+        _wait(grads)
+        start = time.perf_counter()
+        params, opt_state = optimizer.update(grads, opt_state, params, step, **how)
+        _wait(params)
+        found.append(time.perf_counter() - start)
+        return params, opt_state
+
+    return Optimizer(optimizer.init, update, optimizer.schedule, optimizer.rules), found
+
+
+def _wait(leaves: Tree) -> None:
+    tree.leaves(leaves)[-1].flatten()[0].item()
 
 
 def evaluating(work: Workload, params: Tree, batch: Batch) -> tuple[Call, CompiledStep]:
@@ -88,7 +107,7 @@ def evaluating(work: Workload, params: Tree, batch: Batch) -> tuple[Call, Compil
     step = make_eval_step(
         work.config,
         precision=work.precision,
-        compile=fv.compile,
+        compile=work.compile,
         compile_fallback=fv.compile_fallback,
         loss=recipe.loss(fv.loss, several_labels=False),
     )

@@ -6,7 +6,7 @@ import pytest
 from absl.flags import FlagValues
 from conftest import ROOT
 
-from vitfn import compare, convert, evaluate, export, flags, flagtypes, inspect, recipe, train
+from vitfn import bench, compare, convert, evaluate, export, flags, flagtypes, inspect, recipe, train
 from vitfn.device import DEVICES
 
 GROUPS = {
@@ -16,6 +16,7 @@ GROUPS = {
     "inspect": (flags.assume_flags,),
     "compare": (flags.compare_flags,),
     "export": (flags.export_flags,),
+    "bench": (*flags.TRAIN, flags.bench_flags),
 }
 COMMANDS = {
     "train": train,
@@ -24,6 +25,7 @@ COMMANDS = {
     "inspect": inspect,
     "compare": compare,
     "export": export,
+    "bench": bench,
 }
 EVERY = [(name, group) for name, groups in GROUPS.items() for group in groups]
 UNITS = (

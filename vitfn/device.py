@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +27,8 @@ class Device:
     compiled blocks an update is compiled too, for one leaf at a time, as pays where memory is slow. `indexed` says
     whether each process takes one device of several, `pins` whether copies from pinned memory are faster. `missing()`
     is why there is no such device, empty where there is one; it is worth a warning where the `package` that brings it
-    is installed. `environment` has the beginnings of the variables that change what the device does.
+    is installed. `environment` has the beginnings of the variables that change what the device does. `datasheet` has
+    the maker's peaks: a regular expression over the device's whole name, and dense operations per second by precision.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Device:
     pins: bool = False
     warnings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     environment: tuple[str, ...] = ()
+    datasheet: tuple[tuple[str, Mapping[str, float]], ...] = ()
 
 
 def _installed(package: str) -> bool:
@@ -98,6 +101,11 @@ DEVICES = {
             missing=_cuda_missing,
             pins=True,
             environment=("CUDA_", "NCCL_", "NVIDIA_TF32_OVERRIDE"),
+            # NVIDIA's datasheets of H100 and H200 (SXM) and of A100: without sparsity, float32 without TF32
+            datasheet=(
+                (r"NVIDIA (H100 80GB HBM3|H200)", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}),
+                (r"NVIDIA A100.*B( PCIe)?", {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}),
+            ),
         ),
         Device(
             "cpu",
@@ -176,6 +184,17 @@ def facts(row: Device) -> dict[str, Any]:
 def peak_memory(row: Device) -> int | None:
     """The most bytes of the device that tensors took at once in this process; None where the device does not count."""
     return _call(row, "max_memory_allocated")
+
+
+def forget_peak_memory(row: Device) -> None:
+    """`peak_memory` counts from here, where the device counts."""
+    _call(row, "reset_peak_memory_stats")
+
+
+def datasheet_peak(row: Device, precision: str) -> float | None:
+    """Operations per second that the device's maker states for its matrix products; None where the table has none."""
+    name = _call(row, "get_device_name") or ""
+    return next((peaks.get(precision) for pattern, peaks in row.datasheet if re.fullmatch(pattern, name)), None)
 
 
 def _call(row: Device, function: str, *arguments: Any) -> Any:

@@ -364,6 +364,21 @@ def assume_flags(fv: flags.FlagValues) -> None:
     )
 
 
+def bench_flags(fv: flags.FlagValues) -> None:
+    define = Definitions(fv)
+    define.string(
+        "what",
+        "train,eval,input,compile,parts",
+        "What to measure, some of: train and eval (a step), input (training batches alone), compile (what the first "
+        "train step takes longer, with cold and with warm caches), parts (forward, backward and update; operators).",
+    )
+    define.integer("rounds", 20, "Number of timed rounds, of at least 0.1 seconds each, at least 3.", lower_bound=3)
+    define.float(
+        "seconds", 60.0, "Seconds after which there are no more rounds, once there are 3; 0 or more.", lower_bound=0
+    )
+    define.string("out", "", "Folder for bench.json and profile.csv; default: none.")
+
+
 TRAIN = (run_flags, train_flags, recipe_flags, augment_flags, data_flags, model_flags, device_flags)
 
 

@@ -10,26 +10,53 @@ from vitfn.config import ViTConfig
 def forward_flops(config: ViTConfig) -> int:
     """Floating-point operations of the matrix products of one image's forward pass, two for a multiplication and its
     addition; of a hybrid without its stem. Training takes three times as many (Kaplan et al., arXiv 2001.08361, 2.1).
+
+    These are the model's, by which MFU is defined (Chowdhery et al., arXiv 2204.02311, appendix B), however it is
+    computed: see `needed_flops`.
     """
+    return 2 * sum(_multiplications(config, config.num_tokens))
+
+
+def needed_flops(config: ViTConfig, training: bool = False) -> int:
+    """The operations of one image that are left to do: a forward pass, or with `training` a backward pass as well.
+
+    In the last block nothing but the class token needs queries, output projection and MLP, where it is what the head
+    sees; and images get no gradient. What a backward pass computes again (fused attention's scores) is not counted.
+    """
+    embedding, rest = _multiplications(config, 1 if config.classifier == "token" else config.num_tokens)
+    return 2 * (2 * embedding + 3 * rest if training else embedding + rest)
+
+
+def _multiplications(config: ViTConfig, last: int) -> tuple[int, int]:
+    """Of the patch embedding, and of all else, with so many tokens that the last block computes."""
     N, D, M, (rows, columns) = config.num_tokens, config.hidden_size, config.mlp_dim, config.grid
     inputs = config.patch_size**2 * (config.resnet.features if config.resnet else config.channels)
-    block = N * (4 * D * D + 2 * D * M) + 2 * N * N * D
+
+    def block(tokens: int) -> int:
+        return 2 * N * D * D + tokens * (2 * D * D + 2 * D * M + 2 * N * D)  # keys and values are of all
+
     head = (config.representation_size or D) * config.num_classes + D * (config.representation_size or 0)
     if config.classifier == "map":  # keys and values of all tokens, one query
         head += 2 * N * D * D + 2 * N * D + 2 * D * D + 2 * D * M
-    return 2 * (rows * columns * inputs * D + config.num_layers * block + head)
+    return rows * columns * inputs * D, (config.num_layers - 1) * block(N) + block(last) + head
 
 
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product on the device: the best of several, large enough to be timed."""
-    best, size = 0.0, 256
+    """Operations per second of a square matrix product on the device: the best of several, large enough to be timed.
+
+    Of random numbers, since zeros and ones cost some devices less power, and make them faster than any model is.
+    """
+    best, size, calls = 0.0, 256, 1
     while True:
-        a = torch.ones(size, size, dtype=dtype, device=device)
+        numbers = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+        a = numbers.to(device, dtype)
         for _ in range(3):
             start = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
+            for _ in range(calls):
+                product = a @ a
+            product[0, 0].item()  # waits for the device
             seconds = time.perf_counter() - start
-            best = max(best, 2 * size**3 / seconds)
-        if seconds > 0.03 or size >= 8192:
+            best = max(best, calls * 2 * size**3 / seconds)
+        if seconds > 0.03:
             return best
-        size *= 2
+        size, calls = (2 * size, 1) if size < 8192 else (size, 4 * calls)

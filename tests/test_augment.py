@@ -54,6 +54,18 @@ def test_normalisation_by_channel(mean, std):
     np.testing.assert_allclose(y.numpy(), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_only_donated_images_are_written_over(donate):
+    """To the same numbers; uint8 images have no memory to give."""
+    x = pixels(2, 3, 8, 8)
+    floats, memory = x.float(), x.clone()
+    y = augment(floats, torch.arange(2), SMALL, seed=0, step=0, augmentation=Augmentation(), donate=donate)[0]
+    assert torch.equal(y, normalise(x, SMALL))
+    assert torch.equal(y, floats) == donate
+    assert torch.equal(normalise(memory, SMALL, donate=donate), y)
+    assert torch.equal(memory, x)
+
+
 # --- crop
 
 

@@ -1,5 +1,6 @@
 """Crops and resizing against torch's, torchvision's, TensorFlow's and PIL's ways of doing it, reimplemented."""
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -172,6 +173,32 @@ def test_mirroring_mirrors_about_half_exactly():
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert abs(int(mirrored.sum()) - count / 2) < 4 * math.sqrt(count / 4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_batch_s_crops_are_the_products_of_its_weights_to_the_bit(channels, sampler):
+    """In place of one product for each image and channel, with the same sums."""
+    images, keys, size = pixels(7, channels, 32, 40), keys_of(7), (56, 72)
+    y, x, h, w = crop_boxes(32, 40, keys, 0.05, sampler)
+    rows = _weights(y, h, 32, size[0], sampler == "torchvision")
+    columns = _weights(x, w, 40, size[1], sampler == "torchvision")
+    want = rows[:, None] @ images.float() @ columns[:, None].mT
+    assert torch.equal(random_resized_crop(images, size, keys, 0.05, sampler=sampler), want)
+
+
+@pytest.mark.parametrize(
+    "function", [resize, functools.partial(resize_and_crop, fraction=0.875, interpolation="bicubic")]
+)
+def test_how_a_file_s_pixels_lie_in_memory_changes_no_bit(function):
+    """Pillow has (H, W, C); what torch gets of it is a view."""
+    planes, keys = pixels(1, 3, 150, 200), keys_of(1)
+    interleaved = planes.contiguous(memory_format=torch.channels_last)
+    assert not interleaved.is_contiguous()
+    assert torch.equal(function(interleaved, size=(56, 64)), function(planes, size=(56, 64)))
+    for sampler in SAMPLERS:
+        crops = [random_resized_crop(x, (56, 64), keys, 0.3, flip=True, sampler=sampler) for x in (planes, interleaved)]
+        assert torch.equal(*crops)
 
 
 # --- crop_boxes

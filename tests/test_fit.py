@@ -73,7 +73,8 @@ class Toy:
 def rows(tmp_path: Path, name: str = "run") -> list[dict]:
     """metrics.jsonl without what the clock says."""
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "train/images_per_second"} for line in lines]
+    clock = ("train/images_per_second", "train/waiting")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def checkpoints(tmp_path: Path, name: str = "run") -> list[int]:
@@ -110,6 +111,57 @@ def test_every_step_is_logged_once_and_before_its_evaluation(tmp_path):
     logged = [(row["step"], "eval/loss" in row) for row in rows(tmp_path)]
     assert logged == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)]
     assert [row["train/loss"] for row in rows(tmp_path) if "train/loss" in row] == [0, 1, 2, 3, 4]
+
+
+def test_the_share_of_time_spent_waiting_for_batches_is_logged(tmp_path, monkeypatch):
+    """By a clock that only batches (9 s, then 3 s each) and steps (1 s) move; the outcome leaves out the first."""
+    now = 0.0
+    monkeypatch.setattr(fit_module.time, "perf_counter", lambda: now)
+
+    class Slow(Toy):
+        def batches(self, start: int):
+            nonlocal now
+            for batch in super().batches(start):
+                now += 3 if float(batch[0][0]) else 9
+                yield batch
+
+        def train_step(self, state, batch):
+            nonlocal now
+            now += 1
+            return super().train_step(state, batch)
+
+    outcome = Slow(tmp_path).run(Plan(5, 100, 0))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(line)["train/waiting"] for line in lines if "train/loss" in line]
+    assert shares == [0.9, 0.75, 0.75, 0.75, 0.75]
+    assert (outcome.first_seconds, outcome.other_seconds, outcome.waiting) == (10, 16, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shown"), [(0.25, "loss=1.0000, rate=1.00e-01, 3.2 images/s, 20% waiting"), (0.03, "")]
+)
+def test_the_bar_says_so_only_where_waiting_takes_time(tmp_path, monkeypatch, capsys, batch, shown):
+    """Steps of 1 s."""
+    now = 0.0
+    monkeypatch.setattr(fit_module.time, "perf_counter", lambda: now)
+
+    class Slow(Toy):
+        def batches(self, start: int):
+            nonlocal now
+            for each in super().batches(start):
+                now += batch
+                yield each
+
+        def train_step(self, state, batch):
+            nonlocal now
+            now += 1
+            return super().train_step(state, batch)
+
+    Slow(tmp_path).run(Plan(2, 100, 0))
+    bar = capsys.readouterr().err
+    assert "loss=1.0000" in bar
+    assert shown in bar
+    assert ("waiting" in bar) == bool(shown)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ def decoded(path: Path, channels: int = 3) -> np.ndarray:
         warnings.simplefilter("error")
         image = decode(str(path), channels)
     assert image.dtype == torch.uint8
+    image = image.permute(1, 2, 0)
     assert image.is_contiguous()
-    return image.permute(1, 2, 0).numpy()
+    return image.numpy()
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:

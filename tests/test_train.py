@@ -322,6 +322,7 @@ def test_metrics_of_every_step(finished):
         assert line.keys() >= {"train/loss", "train/grad_norm", "train/learning_rate", "train/images_per_second"}
         assert all(math.isfinite(value) for value in line.values())
         assert line["train/images_per_second"] > 0
+        assert 0 < line["train/waiting"] < 1
     assert steps[0]["train/loss"] == pytest.approx(math.log(10), rel=1e-6)  # of a head of zeros
     rates = [line["train/learning_rate"] for line in steps]
     assert rates == pytest.approx([0, 0.03, 0.015], rel=1e-6)  # one step of warm-up, half a cosine of two

@@ -74,7 +74,7 @@ def evaluate(
 
     bar = {"desc": "evaluating", "total": count, "unit": "batch", "delay": 2, "leave": False}
     for images, labels in tqdm(islice(chain(batches, padding()), count), disable=not ranks.first, **bar):
-        of_each = eval_step(params, (normalise(images, config), labels))
+        of_each = eval_step(params, (normalise(images, config, donate=True), labels))
         found.append({"labels": labels} | {name: value for name, value in of_each.items() if value.ndim})
     names = found[0] if found else ()
     own = {name: torch.cat([batch[name] for batch in found]).cpu()[: share.size] for name in names}

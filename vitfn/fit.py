@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import ChainMap
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from vitfn.signals import Stop, Stopped
 from vitfn.step import Batch, Metrics, TrainState
 
 _READ_EVERY = 0.5  # seconds between looks at the metrics: each look makes the host wait for the device
+_SHOWN = 0.05  # of the time, spent waiting for batches, is shown by the bar
 _GIVE_UP_AFTER = 30  # updates in a row whose gradients are not finite; a loss scale needs 16 to fall from 65536 to 1
 log = logging.getLogger("vitfn")
 
@@ -63,7 +64,8 @@ class Job(NamedTuple):
 class Outcome(NamedTuple):
     """What a run ends with: the state, the last metrics by name, the updates made now, and the signal that ended it.
 
-    `first_seconds` are those of the first update, with what it compiled, `other_seconds` those of the others.
+    `first_seconds` are those of the first update, with what it compiled, `other_seconds` those of the others, of which
+    `waiting` is the share, 0 to 1, that passed before a batch was there.
     """
 
     state: TrainState
@@ -71,17 +73,26 @@ class Outcome(NamedTuple):
     updates: int
     first_seconds: float
     other_seconds: float
+    waiting: float
     stopped: int | None
 
 
 class _Unread:
-    """Metrics of steps that are still on the device, and the time since they were last read."""
+    """Metrics of steps that are still on the device, the time since they were last read, and what of it was waiting."""
 
     def __init__(self, processes: int) -> None:
         self._values: list[Tensor] = []
         self._names: list[str] = []
         self._images, self._processes = 0, processes
         self._started = time.perf_counter()
+        self.waited = 0.0  # seconds
+
+    def next_of(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. The host waits; a device that has work queued may not."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        return batch
 
     def add(self, metrics: Metrics, images: int) -> None:
         self._names = [f"train/{name}" for name in metrics]
@@ -96,7 +107,7 @@ class _Unread:
         """The metrics of each step, and the seconds they took together; waits for the device."""
         values = torch.stack(self._values).tolist()
         rate = self._images / (seconds := self.seconds)
-        rates = {"train/images_per_second": rate * self._processes}
+        rates = {"train/images_per_second": rate * self._processes, "train/waiting": self.waited / seconds}
         if self._processes > 1:
             rates["train/device_images_per_second"] = rate
         return [dict(zip(self._names, row, strict=True)) | rates for row in values], seconds
@@ -116,6 +127,7 @@ def fit(
     earlier = directory.start_at(start, evaluated)
     latest: dict[str, float] = dict(ChainMap(*reversed(earlier)))
     seconds: list[float] = []  # of each reading, the first of which is the first step alone
+    waited: list[float] = []  # of these
     bad = 0  # updates in a row that were skipped, up to now
 
     def evaluate_now(done: int) -> None:
@@ -145,6 +157,7 @@ def fit(
         bad = bad + trailing if trailing == len(rows) else trailing
         latest.update(rows[-1])
         seconds.append(elapsed)
+        waited.append(unread.waited)
         used = job.utilisation(latest["train/images_per_second"] / ranks.count)
         bar.set_description("training")
         bar.set_postfix_str(
@@ -152,6 +165,7 @@ def fit(
                 **latest
             )
             + ("" if used is None else f", MFU {used:.0%}")
+            + (", {train/waiting:.0%} waiting for data".format(**latest) if latest["train/waiting"] > _SHOWN else "")
         )
 
     with (
@@ -167,7 +181,7 @@ def fit(
             unread = _Unread(ranks.count)
             bar.set_description("first step")
             for done in range(start + 1, plan.num_steps + 1):
-                batch = next(batches)
+                batch = unread.next_of(batches)
                 state, metrics = job.train_step(state, batch)
                 unread.add(metrics, len(batch[0]))
                 snapshots.check()
@@ -199,7 +213,9 @@ def fit(
         snapshots.wait()
     if stopped:
         log.warning("stopped by %s after step %d; go on with --resume", signal.Signals(stopped).name, done)
-    return Outcome(state, latest, done - start, sum(seconds[:1]), sum(seconds[1:]), stopped)
+    others = sum(seconds[1:])
+    waiting = sum(waited[1:]) / others if others else 0.0
+    return Outcome(state, latest, done - start, sum(seconds[:1]), others, waiting, stopped)
 
 
 def _tcap_line(iteration: int, row: dict[str, float], plan: Plan) -> str:

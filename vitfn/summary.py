@@ -32,8 +32,8 @@ def table(directory: RunDirectory, dataset: Dataset, outcome: Outcome, peak_memo
         others = (outcome.updates - 1) * batch / outcome.other_seconds if outcome.updates > 1 else 0
         rows["steps"] = (
             f"{outcome.updates:,} of {batch} images; the first took {outcome.first_seconds:.1f} s, "
-            f"the others {outcome.other_seconds:.1f} s ({others:.1f} images/s"
-            + (f", {others / processes:.1f} on each device)" if processes > 1 else ")")
+            f"the others {outcome.other_seconds:.1f} s, of which {outcome.waiting:.1%} waiting for data "
+            f"({others:.1f} images/s" + (f", {others / processes:.1f} on each device)" if processes > 1 else ")")
         )
         if peak_memory:
             rows["peak memory"] = f"{peak_memory / 2**20:,.0f} MiB of the device" + (

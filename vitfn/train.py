@@ -234,7 +234,9 @@ def _batches(
         on_bad=fv.bad_images,
     )
     for step, batch in enumerate(cropped, start):
-        images, labels = augment(*batch, config, seed=fv.seed, step=step, augmentation=augmentation, places=places)
+        images, labels = augment(
+            *batch, config, seed=fv.seed, step=step, augmentation=augmentation, places=places, donate=True
+        )
         yield images[mixed:], labels[mixed:]
 
 

@@ -28,14 +28,19 @@ class Augmentation(NamedTuple):
     cutmix: float = 0.0  # alpha; 0 is off
 
 
-def normalise(images: Tensor, config: ViTConfig) -> Tensor:
-    """Pixels 0 to 255 to what the model expects, (x / 255 - mean) / std: (B, C, H, W) float32."""
+def normalise(images: Tensor, config: ViTConfig, *, donate: bool = False) -> Tensor:
+    """Pixels 0 to 255 to what the model expects, (x / 255 - mean) / std: (B, C, H, W) float32.
+
+    With `donate` the memory of float32 images is reused: new memory costs the CPU more than the arithmetic.
+    """
 
     def channels(value: float | tuple[float, ...]) -> Tensor:  # (1 or C, 1, 1), made where it is used
         values = value if isinstance(value, tuple) else (value,)
         return torch.stack([torch.full((1, 1), 255 * v, device=images.device) for v in values])
 
-    return (images.float() - channels(config.mean)) / channels(config.std)
+    pixels = images.float()
+    centred = (pixels.sub_ if donate else pixels.sub)(channels(config.mean))
+    return centred.div_(channels(config.std))
 
 
 def sample_keys(seed: int, step: int, places: Tensor, use: str = "augment") -> Tensor:
@@ -57,18 +62,19 @@ def augment(
     step: int,
     augmentation: Augmentation,
     places: Tensor | None = None,
+    donate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A step's cropped images, pixels (B, C, h, w) float32, and labels (B,) -> what the train step takes, normalised.
 
     RandAugment, normalisation, random erasing, then mixup or cutmix: a function of (seed, step) and each image's place
     in the batch, `places` (B,) int64, by default 0 to B - 1. Where both of the last are on, a step's toss decides.
-    Labels stay as they are unless images are mixed, then they are targets (B, K) float32. Raises InputError where an
-    optional dependency is missing.
+    Labels stay as they are unless images are mixed, then they are targets (B, K) float32. With `donate` the images'
+    memory is reused, and they are not to be used again. Raises InputError where an optional dependency is missing.
     """
     places = torch.arange(len(images)) if places is None else places
     if augmentation.randaugment:
         images = randaugment(images, sample_keys(seed, step, places, "randaugment"), *augmentation.randaugment)
-    images = normalise(images, config)
+    images = normalise(images, config, donate=donate)
     if augmentation.erasing:
         keys = sample_keys(seed, step, places.to(images.device), "erasing")
         images = random_erasing(images, keys, augmentation.erasing)

@@ -119,11 +119,13 @@ def random_resized_crop(
         return crop.flip(-1) if mirrored is not None and mirrored.item() else crop
     rows = _weights(y, h, height, size[0], antialias)  # (B, h, H)
     columns = _weights(x, w, width, size[1], antialias, mirrored)  # (B, w, W)
-    return rows[:, None] @ images.float() @ columns[:, None].mT
+    narrow = (rows[:, None] @ images.float()).flatten(1, 2)  # (B, C h, W): one product an image, no copies of columns
+    return (narrow @ columns.mT).unflatten(1, (-1, size[0]))
 
 
 def _resize(images: Tensor, size: tuple[int, int], interpolation: str, antialias: bool) -> Tensor:
-    return F.interpolate(images.float(), size, mode=interpolation, align_corners=False, antialias=antialias)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format)  # torch is slower with channels last
+    return F.interpolate(pixels, size, mode=interpolation, align_corners=False, antialias=antialias)
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -32,7 +32,7 @@ class _UnfitError(Exception):
 
 
 def decode(path: str, channels: int) -> Tensor:
-    """The pixels of a file, turned upright by its EXIF tag: (C, H, W) uint8.
+    """The pixels of a file, turned upright by its EXIF tag: (C, H, W) uint8, a view of (H, W, C) as Pillow has them.
 
     1 channel is grey, 3 RGB, 4 RGBA; alpha is dropped, not blended, for 1 and 3, and of an animation the first frame
     is taken. A .npy file holds (H, W, C) uint8 for any C. Raises InputError for files that are missing, torn or
@@ -50,7 +50,7 @@ def decode(path: str, channels: int) -> Tensor:
         _refuse(path, str(error), channels)
     except Exception as error:  # a foreign file fails in any way it likes
         _refuse(path, f"a damaged file ({type(error).__name__}: {error})", channels)
-    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # what is cropped is put in order with the crop, not the whole
 
 
 def _refuse(path: str, found: str, channels: int) -> NoReturn:
@@ -58,21 +58,23 @@ def _refuse(path: str, found: str, channels: int) -> NoReturn:
     raise InputError(f"{path}: found {found[:300]}, expected {kind}") from None
 
 
-def _array(path: str, channels: int) -> np.ndarray:
+def _array(path: str, channels: int) -> np.ndarray:  # (H, W, C), in memory of its own
     # A map: a header may promise more than the file holds, which np.load would allocate. Nothing is unpickled.
     pixels = np.lib.format.open_memmap(path, mode="r")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
         raise _UnfitError(f"{pixels.dtype} of shape {pixels.shape}, not uint8 of (H, W, {channels})")
-    return pixels
+    return np.array(pixels, order="C")
 
 
-def _picture(path: str, channels: int) -> np.ndarray:
+def _picture(path: str, channels: int) -> np.ndarray:  # (H, W, C), in memory of its own
     with Image.open(path, formats=_FORMATS) as file:
         if channels not in _MODES:
             raise _UnfitError(f"a {file.format} file")
         file.load()
-        image = _eight_bits(_upright(file)).convert(_MODES[channels])
-    return np.asarray(image).reshape(image.height, image.width, channels)
+        image = _eight_bits(_upright(file))
+        if image.mode != _MODES[channels]:  # else convert() would copy it
+            image = image.convert(_MODES[channels])
+        return np.array(image).reshape(image.height, image.width, channels)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -6,8 +6,10 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,6 +178,16 @@ def facts(row: Device) -> dict[str, Any]:
 def peak_memory(row: Device) -> int | None:
     """The most bytes of the device that tensors took at once in this process; None where the device does not count."""
     return _call(row, "max_memory_allocated")
+
+
+def free_memory(row: Device) -> int | None:
+    """Bytes of the device that are free now; None where it does not say."""
+    if found := _call(row, "mem_get_info"):
+        return found[0]
+    if row.indexed or not (said := Path("/proc/meminfo")).exists():
+        return None
+    # not os.sysconf's free pages, of which a cache of files leaves few
+    return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", said.read_text())[1])  # type: ignore[index]
 
 
 def _call(row: Device, function: str, *arguments: Any) -> Any:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,6 +196,16 @@ def datasheet_peak(row: Device, precision: str) -> float | None:
     """Operations per second that the device's maker states for its matrix products; None where the table has none."""
     name = _call(row, "get_device_name") or ""
     return next((peaks.get(precision) for pattern, peaks in row.datasheet if re.fullmatch(pattern, name)), None)
+
+
+def free_memory(row: Device) -> int | None:
+    """Bytes of the device that are free now; None where it does not say."""
+    if found := _call(row, "mem_get_info"):
+        return found[0]
+    if row.indexed or not (said := Path("/proc/meminfo")).exists():
+        return None
+    # not os.sysconf's free pages, of which a cache of files leaves few
+    return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", said.read_text())[1])  # type: ignore[index]
 
 
 def _call(row: Device, function: str, *arguments: Any) -> Any:

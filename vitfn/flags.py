@@ -16,6 +16,7 @@ from vitfn.device import DEVICES
 from vitfn.flagtypes import BatchParser, Definitions, PairParser, SizeParser
 from vitfn.losses import LOSSES
 from vitfn.parallel import TIMEOUT
+from vitfn.remat import KINDS as REMATS
 from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
@@ -38,7 +39,12 @@ def data_flags(fv: flags.FlagValues) -> None:
         0,
         1,
     )
-    define.integer("num_workers", 2, "Processes that decode image files; 0: this one.", lower_bound=0)
+    define.integer(
+        "num_workers",
+        2,
+        "Processes that decode image files ahead of the step; 0: this one, and nothing is ahead.",
+        lower_bound=0,
+    )
     define.enum(
         "bad_images",
         "fail",
@@ -191,6 +197,15 @@ def train_flags(fv: flags.FlagValues) -> None:
         1,
         "Equal parts that a batch is split into, to save memory; the result is the same.",
         1,
+    )
+    define.enum(
+        "remat",
+        "none",
+        [*REMATS, "auto"],
+        "What of each encoder block is computed again in backward, to save memory, not for --compile=step: nothing, "
+        "the attention branch (of a Ti/16 on a CPU 0.64 of the activations kept, for 1.08 of the time) or the block "
+        "(0.10 for 1.14); auto: the first of them that by docs/scaling.md's plan fits in 0.9 of the device's free "
+        "memory.",
     )
     define.bool("fp16", False, "The same as --precision=float16.")
     define.string(

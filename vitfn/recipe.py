@@ -1,6 +1,7 @@
 """From flags to what the library takes: the model, the optimizer, the loss, the augmentation, the evaluation's crop."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable
 from functools import partial
@@ -10,16 +11,19 @@ import torch
 from absl.flags import FlagValues
 from torch import Tensor
 
-from vitfn import meshes, optim, schedules, vit
+from vitfn import device, meshes, optim, plan, schedules, vit
 from vitfn.config import ViTConfig, get_config
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
 from vitfn.device import Device
 from vitfn.errors import InputError
 from vitfn.losses import LOSSES, Loss
+from vitfn.meshes import Mesh
+from vitfn.remat import KINDS
 
 _PATHS = "Transformer/encoderblock_0/..., head/bias"
 _OPT_LEVELS = re.compile(r"[O0][0-3]")  # Apex's; the seed's command line has a zero for the letter
+log = logging.getLogger("vitfn")
 
 
 def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
@@ -52,6 +56,8 @@ def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
             f"--compile=step: one graph cannot gather the parameters of --mesh={fv.mesh}, expected block or off, or "
             "--placement=optimizer"
         )
+    if fv.remat != "none" and fv.compile == "step":
+        raise InputError(f"--remat={fv.remat} --compile=step: one graph cannot compute again, expected block or off")
     if fv.momentum_dtype != "float32" and fv.optimizer != "sgd":
         raise InputError(f"--momentum_dtype={fv.momentum_dtype} is for --optimizer=sgd; found {fv.optimizer}")
     for name in ("freeze", "decay_on"):
@@ -117,6 +123,49 @@ def optimizer(fv: FlagValues, config: ViTConfig) -> optim.Optimizer:
     make = optim.sgd if fv.optimizer == "sgd" else optim.adamw
     made = make(schedule, weight_decay=fv.weight_decay, rules=rules, **options)
     return optim.with_ema(made, fv.ema) if fv.ema else made
+
+
+def remat(fv: FlagValues, row: Device, config: ViTConfig, precision: str, mesh: Mesh) -> str:
+    """What is recomputed; 'auto' is the first kind whose planned peak fits into what the device has free now.
+
+    The same in all processes of a mesh, which ask for it together.
+    """
+    if fv.remat != "auto":
+        return fv.remat
+    free = [size for size in mesh.ranks.gather(device.free_memory(row)) if size is not None]
+    if not free:
+        return "none"
+    peaks = {
+        kind: plan.memory(
+            config,
+            fv.train_batch_size // mesh.ranks.count // fv.gradient_accumulation_steps,
+            optimizer=fv.optimizer,
+            half=precision != "float32",
+            remat=kind,
+            parts=fv.gradient_accumulation_steps,
+            average=fv.ema > 0,
+            mesh=mesh,
+            overlaps=row.overlaps,
+        ).peak
+        for kind in KINDS
+    }
+    chosen = next((kind for kind, peak in peaks.items() if peak <= plan.USABLE * min(free)), "")
+    if not chosen:
+        log.warning(
+            "--remat=auto: even block needs %.1f GB of the %.1f GB that are free: expected a smaller "
+            "--train_batch_size or more --gradient_accumulation_steps",
+            peaks["block"] / 1e9,
+            min(free) / 1e9,
+        )
+    elif chosen != "none":
+        log.info(
+            "--remat=auto is %s: it needs %.1f GB of the %.1f GB that are free, none %.1f GB",
+            chosen,
+            peaks[chosen] / 1e9,
+            min(free) / 1e9,
+            peaks["none"] / 1e9,
+        )
+    return chosen or KINDS[-1]
 
 
 def loss(name: str | None, several_labels: bool) -> Loss:

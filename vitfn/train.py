@@ -45,9 +45,10 @@ from vitfn.run import RunDirectory
 from vitfn.step import PRECISIONS, Batch, TrainState, grad_and_value, make_eval_step, make_train_step
 from vitfn.tree import Tree
 
-# Flags that a resumed run may change: where things are, and what is shown of them.
+# Flags that a resumed run may change: where things are, what is shown of them, and what changes no number.
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
-         "checkpoint_every", "report", "tensorboard", "tcap_log", "mesh", "placement", "timeout")  # fmt: skip
+         "checkpoint_every", "report", "tensorboard", "tcap_log", "mesh", "placement", "timeout",
+         "remat")  # fmt: skip
 _NAMED = 3  # leaves that an error names
 log = logging.getLogger("vitfn")
 
@@ -94,8 +95,10 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
     if (found := fv.train_batch_size) > (size := dataset.train.size):
         raise InputError(f"--train_batch_size: found {found}, expected at most the {size} images of {fv.dataset}")
     config = recipe.for_data(config, len(dataset.class_names), dataset.train.channels)
-    params = _starting_params(fv, config, mesh)
+    training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
     precision = device.resolved_precision(row, fv.precision)
+    remat = recipe.remat(fv, row, config, precision, mesh)  # before the parameters take of what is free
+    params = _starting_params(fv, config, mesh)
     optimizer = recipe.optimizer(fv, config)
     loss = recipe.loss(fv.loss, dataset.train.labels.ndim == 2)
     shared: dict[str, Any] = {
@@ -113,10 +116,10 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
         label_smoothing=fv.label_smoothing,
         accumulation_steps=fv.gradient_accumulation_steps,
         loss_scale=fv.loss_scale,
+        remat=remat,
         **shared,
     )
     eval_step = make_eval_step(config, compile=fv.compile, **shared)
-    training, testing = dataset.train.to(row.name), dataset.test.to(row.name)
     state, parameters = TrainState(0, params, optimizer.init(mesh.updated(params))), tree.size(params)
     notes: dict[str, Any] = {}  # what a checkpoint knows beside the state
     del params  # the state has them, until it is donated
@@ -165,6 +168,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
                 "resolved": {
                     "device": row.name,
                     "precision": precision,
+                    "remat": remat,
                     "compile": compiled,
                     "processes": ranks.count,
                     "mesh": f"data={mesh.copies},shard={mesh.shards}",

@@ -12,6 +12,7 @@ from vitfn import device, flops, recipe, train, tree, vit
 from vitfn.compile import CompiledStep
 from vitfn.config import ViTConfig
 from vitfn.data import load
+from vitfn.meshes import ONE
 from vitfn.optim import Optimizer
 from vitfn.parallel import ALONE
 from vitfn.step import PRECISIONS, Batch, TrainState, make_eval_step, make_train_step
@@ -68,6 +69,7 @@ def training(work: Workload, params: Tree, batch: Batch) -> tuple[Call, Compiled
         label_smoothing=fv.label_smoothing,
         accumulation_steps=fv.gradient_accumulation_steps,
         loss_scale=fv.loss_scale,
+        remat=recipe.remat(fv, work.row, work.config, work.precision, ONE),
     )
     state = TrainState(0, params, optimizer.init(params))
 

@@ -18,13 +18,19 @@ from vitfn.optim import Arithmetic, Columns, Number
 FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("off",)}
 
 
+# The part of what backward may keep that it should keep at most: norms' outputs and the GELU's are computed again, which
+# is 0.4 of an encoder block's and costs no product (BUILD.md).
+_KEPT = 0.9
+
+
 def compiled(function: Callable, row: device.Device) -> Callable:
     """torch.compile(function) for a row of the table of devices: a graph of static shapes, with a cache of its own."""
     in_one_graph = _in_one_graph(function, row)
 
     def call(*arguments, **named):
         # Dynamo remembers shapes by a function's place in its file: those of another model would make these dynamic.
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        static_shapes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+        with static_shapes, torch._functorch.config.patch(activation_memory_budget=_KEPT):
             return in_one_graph(*arguments, **named)
 
     return call

@@ -235,8 +235,8 @@ def test_each_rank_of_a_mesh_holds_what_the_table_says():
     for case, line in zip(MESHES, done.stdout.splitlines(), strict=True):
         (params, state, kept, _, peak), expected = json.loads(line)
         assert expected[:2] == [params, pytest.approx(state, abs=8)], case  # AdamW's count
-        assert expected[2] == pytest.approx(kept, rel=0.01), case
-        assert expected[3] == pytest.approx(peak, rel=0.06), case
+        assert expected[2] == pytest.approx(kept, rel=0.02), case
+        assert expected[3] == pytest.approx(peak, rel=0.08), case
 
 
 def main(*cases: str) -> None:

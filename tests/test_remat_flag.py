@@ -85,9 +85,9 @@ def test_what_is_free_on_this_machine_is_some_memory():
 def test_a_run_that_recomputes_has_the_same_losses_and_may_be_resumed_without(tmp_path):
     """Compiled by block, in float32."""
 
-    def losses(name: str) -> list[str]:
+    def losses(name: str) -> list[float]:
         lines = (tmp_path / "output" / name / "metrics.jsonl").read_text().splitlines()
-        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+        return [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
 
     def train(name: str, *argv: str) -> dict:
         run = ["--warmup_steps=1", "--num_steps=3", "--device=cpu", "--compile=block", "--noreport", f"--name={name}"]

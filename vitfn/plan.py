@@ -148,26 +148,26 @@ def backward_bytes(
     """The most that forward and backward of one of `parts` hold at once beside parameters, state, images and what is
     gathered; `gradients` are all there are after backward.
 
-    It is in backward's first block, where all activations are still there, or in its last, where most gradients are.
-    Those of earlier parts are there from the start.
+    It is in backward's first block, where all activations are still there, in its last, where most gradients are, or
+    after it. Those of earlier parts are there from the start.
     """
     head, block = parameter_bytes(config, "head/.*"), block_bytes(config) * (config.classifier == "token")
+    if sharded:
+        head = block = 0  # they are among what is gathered
     forward, backward = kept(config, batch, half, remat)
     if parts == 1:
         first = max(forward + head, backward + head + block)
         last = gradients * (config.num_layers - 1) // config.num_layers
     else:
         first, last = max(forward, backward) + gradients, gradients
-    last += of_a_block(config, batch, half, remat)[1] + batch * config.num_tokens * config.hidden_size * _FLOAT
-    last += patch_activations(config, batch, half)
+    end = patch_activations(config, batch, half) + batch * config.num_tokens * config.hidden_size * _FLOAT
+    last += end + of_a_block(config, batch, half, remat)[1]
     hidden = batch * config.num_tokens * config.mlp_dim * (_HALF if half else _FLOAT)  # gradient of the MLP's inside
-    if sharded:
-        return max(first, last) + hidden
-    hidden += _FLOAT * config.hidden_size * config.mlp_dim  # and of the kernel after it
-    if not half:
-        return max(first, last) + hidden
-    first, last = first + kernel_copies(config, remat), last + kernel_copies(config, "block")
-    return max(first, last) + hidden
+    if not sharded:
+        hidden += _FLOAT * config.hidden_size * config.mlp_dim  # and of the kernel after it
+        if half:
+            first, last = first + kernel_copies(config, remat), last + kernel_copies(config, "block")
+    return max(first + hidden, last + hidden, gradients + end)
 
 
 def memory(

@@ -20,9 +20,10 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(params: Tree, x: Tensor, *rest: Any, **named: Any) -> Tensor:
         flat = tree.flatten(params)
+        paths = list(flat)  # what follows must not keep the leaves: gathered ones would stay whole
 
         def inner(x: Tensor, *leaves: Tensor) -> Tensor:
-            return function(tree.unflatten(dict(zip(flat, leaves, strict=True))), x, *rest, **named)
+            return function(tree.unflatten(dict(zip(paths, leaves, strict=True))), x, *rest, **named)
 
         return checkpoint(inner, x, *flat.values(), use_reentrant=False, preserve_rng_state=False)
 

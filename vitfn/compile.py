@@ -17,9 +17,8 @@ from vitfn.optim import Arithmetic, Columns, Number
 # What is tried for each requested form, in order; 'off' is eager.
 FORMS = {"step": ("step", "block", "off"), "block": ("block", "off"), "off": ("off",)}
 
-
-# The part of what backward may keep that it should keep at most: norms' outputs and the GELU's are computed again, which
-# is 0.4 of an encoder block's and costs no product (BUILD.md).
+# Of what backward could keep, the part that it may: so norms' outputs and the GELU's, 0.4 of an encoder block's bytes,
+# are computed again, which costs no product (BUILD.md).
 _KEPT = 0.9
 
 

@@ -4,8 +4,8 @@ The update numbered t from 0 uses the rate at t, as in Google's code.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ class Rules(NamedTuple):
         return tree.matches(self.decayed, path)
 
     def rate(self, path: str) -> float:
-        return next((factor for pattern, factor in self.rates if tree.matches(pattern, path)), 1.0)
+        for pattern, factor in self.rates:  # torch 2.7's Dynamo knows no next() with a default
+            if tree.matches(pattern, path):
+                return factor
+        return 1.0
 
 
 ALL = Rules()  # every leaf is trained and decays
@@ -58,7 +61,7 @@ _AT_ONCE = 16  # leaves, so that temporaries are of few of them
 def together(arithmetic: Arithmetic) -> Arithmetic:
     """Runs an update's arithmetic on several leaves at a time, as torch's foreach functions are made for."""
 
-    def run(columns: Columns, *numbers: Number | None) -> None:
+    def run(columns: Columns, *numbers: Any) -> None:  # torch 2.7's Dynamo cannot trace `Number | None`
         for start in range(0, len(columns[0]), _AT_ONCE):
             arithmetic(tuple(column[start : start + _AT_ONCE] for column in columns), *numbers)
 
@@ -109,13 +112,15 @@ def trained(params: Tree, rules: Rules) -> Tree:
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if rules.trains(path)})
 
 
-def _groups(rules: Rules, *leaves: Mapping[str, Tensor]) -> Iterator[tuple[float, bool, Columns]]:
+def _groups(rules: Rules, *leaves: Mapping[str, Tensor]) -> list[tuple[float, bool, Columns]]:
     """The leaves at the paths of the first mapping by what the rules say of them: rate, decays, columns."""
     groups: dict[tuple[float, bool], list[str]] = {}
     for path in leaves[0]:
         groups.setdefault((rules.rate(path), rules.decays(path)), []).append(path)
-    for (rate, decays), paths in groups.items():
-        yield rate, decays, tuple([column[path] for path in paths] for column in leaves)
+    return [
+        (rate, decays, tuple([column[path] for path in paths] for column in leaves))
+        for (rate, decays), paths in groups.items()
+    ]
 
 
 def _unless(finite: Tensor | None, value: Number, otherwise: float) -> Number:

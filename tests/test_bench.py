@@ -367,5 +367,5 @@ def test_a_device_counts_its_own_memory(sdaa, tmp_path):
     assert report["device"] == "sdaa"
     assert report["precision"] == "float16"
     assert report["train"]["peak_memory"]["of"] == "device"
-    assert report["train"]["peak_memory"]["bytes"] > 4 * 4 * report["model"]["parameters"]
+    assert report["train"]["peak_memory"]["bytes"] > 3 * 4 * report["model"]["parameters"]
     assert sum(report["parts"]["shares"].values()) == pytest.approx(1)

@@ -59,7 +59,7 @@ def test_less_is_kept(form):
     config = dataclasses.replace(SMALL, hidden_size=192, mlp_dim=768, num_layers=8, image_size=64)
     images = torch.zeros(2, 3, 64, 64)
     none, attention, block = (kept(config, images, compile=form, remat=kind) for kind in remat.KINDS)
-    assert 0.55 < attention / none < 0.75
+    assert 0.45 < attention / none < 0.75
     assert block / none < 0.25
     assert block > 7 * 2 * config.num_tokens * 192 * 4
 

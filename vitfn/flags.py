@@ -203,7 +203,7 @@ def train_flags(fv: flags.FlagValues) -> None:
         "none",
         [*REMATS, "auto"],
         "What of each encoder block is computed again in backward, to save memory, not for --compile=step: nothing, "
-        "the attention branch (of a Ti/16 on a CPU 0.64 of the activations kept, for 1.08 of the time) or the block "
+        "the attention branch (of a Ti/16 on a CPU 0.64 of what eager blocks keep, for 1.08 of the time) or the block "
         "(0.10 for 1.14); auto: the first of them that by docs/scaling.md's plan fits in 0.9 of the device's free "
         "memory.",
     )

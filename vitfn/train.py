@@ -304,4 +304,4 @@ def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Lo
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    parallel.leave(main(sys.argv))

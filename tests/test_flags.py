@@ -11,7 +11,9 @@ from vitfn.device import DEVICES
 
 GROUPS = {
     "train": flags.TRAIN,
-    "evaluate": (flags.evaluate_flags, flags.data_flags, flags.device_flags),
+    "evaluate": (flags.evaluate_flags, flags.data_flags, flags.crop_flags, flags.device_flags),
+    "predict": (flags.predict_flags, flags.labels_flags, flags.crop_flags, flags.device_flags),
+    "attention": (flags.attention_flags, flags.labels_flags, flags.crop_flags),
     "convert": (flags.convert_flags, flags.assume_flags),
     "inspect": (flags.assume_flags,),
     "compare": (flags.compare_flags,),

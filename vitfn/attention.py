@@ -83,10 +83,7 @@ def pictures(
     params: Tree, pixels: torch.Tensor, config: ViTConfig, label: int, name: str
 ) -> Iterator[tuple[str, str, str, "Figure"]]:
     """Each picture's file name, title, explanation and figure, for an image's pixels (1, C, H, W), 0 to 255."""
-    images = normalise(pixels, config)
-    with torch.no_grad():
-        _, _, part = maps.attend(params, images, config)
-    found, gradients = maps.explain(params, images, config, label)  # (L, 1, H, N, N)
+    found, gradients, part = maps.explain(params, normalise(pixels, config), config, label)  # (L, 1, H, N, N)
     image, part = pixels[0], part[:, None]  # (1, 1, N)
     of_image = maps.on_grid((part @ maps.rollout(found))[0, 0], config)  # (h, w)
     yield (

@@ -57,12 +57,15 @@ def attend(params: Tree, images: Tensor, config: ViTConfig) -> tuple[Tensor, tup
     return logits, tuple(found.values()), part
 
 
-def explain(params: Tree, images: Tensor, config: ViTConfig, label: int) -> tuple[Tensor, Tensor]:
-    """The weights (L, B, H, N, N) and the gradients for them of the logits of class `label`, of the same shape."""
+def explain(params: Tree, images: Tensor, config: ViTConfig, label: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights, the gradients for them of the logits of class `label` (both (L, B, H, N, N)), and the parts (B, N).
+
+    As `attend` has them.
+    """
     with torch.enable_grad():
-        logits, weights, _ = attend(params, images.detach().requires_grad_(), config)
+        logits, weights, part = attend(params, images.detach().requires_grad_(), config)
         gradients = torch.autograd.grad(logits[:, label].sum(), weights)
-    return torch.stack(weights).detach(), torch.stack(gradients)
+    return torch.stack(weights).detach(), torch.stack(gradients), part.detach()
 
 
 def on_grid(of_tokens: Tensor, config: ViTConfig) -> Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ FAMILIES = {
     "hybrid": dataclasses.replace(SMALL, patch_size=1, resnet=vitfn.ResNetConfig((1, 1), 0.5)),
 }
 PICTURES = {"rollout", "relevance", "layers", "heads", "distances", "positions", "filters"}
-NAMES = tuple("zero one two three four five six seven eight <b>nine</b>".split())
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "<b>nine</b>")
 
 
 def saved(folder, config) -> str:
@@ -104,7 +105,7 @@ def test_what_is_wrong_shows_before_a_folder_is_made(tmp_path, photo, argv, mess
 
 def test_a_torn_image_is_named_and_leaves_nothing(tmp_path, photo, capsys):
     torn = tmp_path / "torn.png"
-    torn.write_bytes(open(photo, "rb").read()[:2000])
+    torn.write_bytes(Path(photo).read_bytes()[:2000])
     assert attention.main(["attention", saved(tmp_path, SMALL), str(torn), f"--out={tmp_path / 'out'}"]) == 2
     assert "torn.png: found a damaged file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -119,7 +120,9 @@ def test_a_model_without_a_head_is_refused(tmp_path, photo, capsys):
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, photo):
     model = saved(tmp_path, SMALL)
-    code = "import sys; sys.modules['matplotlib'] = None; from vitfn import attention; sys.exit(attention.main(sys.argv))"
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from vitfn import attention; sys.exit(attention.main(sys.argv))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, model, photo, f"--out={tmp_path / 'out'}"],
         cwd=ROOT,

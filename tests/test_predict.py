@@ -1,4 +1,4 @@
-"""python -m vitfn.predict: the model's own probabilities for each image that can be read, and nothing else on stdout."""
+"""python -m vitfn.predict: the model's own probabilities for each image that can be read; nothing else on stdout."""
 
 import csv
 import dataclasses
@@ -21,7 +21,7 @@ from vitfn.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = tuple(f"kind {i}" for i in range(9)) + ('a, "quoted" name',)
+NAMES = (*(f"kind {i}" for i in range(9)), 'a, "quoted" name')
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_name_that_is_no_text_comes_out_as_it_is(model, photos, tmp_path):
     [
         (["MODEL"], "found MODEL, expected the arguments MODEL IMAGES..."),
         (["MODEL", "nowhere.png"], "nowhere.png: found no such file or folder"),
-        (["nowhere.npz", "PHOTO"], "nowhere.npz: No such file or directory"),
+        (["nowhere.npz", "PHOTO"], "nowhere.npz: expected a file of weights, found: No such file"),
         (["MODEL", "PHOTO", "--top=0"], "--top"),
         (["MODEL", "PHOTO", "--format=xml"], "--format"),
         (["HEADLESS", "PHOTO"], "found a model without a head"),

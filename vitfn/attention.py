@@ -63,8 +63,12 @@ def command(fv: FlagValues, model: str, image: str) -> None:
     for file, title, text, figure in pictures(params, pixels, config, label, names[label]):
         figures.save(figure, out / file)
         address = figures.png_uri((out / file).read_bytes())
-        body.append(f'<h2>{page.text(title)}</h2><p>{page.text(text)}</p><img alt="{page.text(title)}" src="{address}">')
-    subtitle = f"{config.name}, {path}: {config.num_layers} blocks, {config.num_heads} heads, patches of {_patch(config)}"
+        body.append(
+            f'<h2>{page.text(title)}</h2><p>{page.text(text)}</p><img alt="{page.text(title)}" src="{address}">'
+        )
+    subtitle = (
+        f"{config.name}, {path}: {config.num_layers} blocks, {config.num_heads} heads, patches of {_patch(config)}"
+    )
     page.write(out / "index.html", f"What the model sees in {Path(image).name}", subtitle, (), "\n".join(body))
     print(f"{'page':<12} {out / 'index.html'}")
     for guess in guesses:

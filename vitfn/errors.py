@@ -6,7 +6,7 @@ class RunError(RuntimeError):
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal or a page does not show: names in foreign files hold any character, commands too."""
+    """A text as a line that shows: names in foreign files hold any character, a terminal's commands too."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -27,10 +27,10 @@ from vitfn.data.batches import evaluation_batches
 from vitfn.data.crops import resize
 from vitfn.data.dataset import joined
 from vitfn.errors import InputError
+from vitfn.eval_step import make_eval_step
 from vitfn.files import replacing
 from vitfn.metrics import Predictions
 from vitfn.parallel import ALONE, Ranks
-from vitfn.eval_step import make_eval_step
 from vitfn.tree import Tree
 
 _WORST = 5  # classes that are printed

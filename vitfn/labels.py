@@ -19,7 +19,9 @@ def class_names(described: Description, path: str, file: str = "") -> tuple[str,
         try:
             names = tuple(Path(file).read_text(encoding="utf-8").splitlines())
         except UnicodeDecodeError:
-            raise InputError(f"--labels={file}: found bytes that are no UTF-8, expected a class's name a line") from None
+            raise InputError(
+                f"--labels={file}: found bytes that are no UTF-8, expected a class's name a line"
+            ) from None
         if len(names) != count:
             raise InputError(f"--labels={file}: found {len(names):,} lines, expected the {count:,} classes of {path}")
         return names

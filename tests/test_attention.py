@@ -89,7 +89,6 @@ def test_another_class_s_relevance_is_another_picture(tmp_path, photo):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), "--out: found none, expected a folder"),
         (("--out=new", "--class_name=ten"), "--class_name: found 'ten', expected one of 10: zero, one, two"),
         (("--out=new", "--eval_crop=0.01"), "--eval_crop: found 0.01"),
         (("--out=new", "--labels=labels.txt"), "--labels=labels.txt: found 2 lines, expected the 10 classes"),

@@ -6,7 +6,20 @@ import pytest
 from absl.flags import FlagValues
 from conftest import ROOT
 
-from vitfn import bench, compare, convert, evaluate, export, flags, flagtypes, inspect, recipe, train
+from vitfn import (
+    attention,
+    bench,
+    compare,
+    convert,
+    evaluate,
+    export,
+    flags,
+    flagtypes,
+    inspect,
+    predict,
+    recipe,
+    train,
+)
 from vitfn.device import DEVICES
 
 GROUPS = {
@@ -23,6 +36,8 @@ GROUPS = {
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
+    "attention": attention,
     "convert": convert,
     "inspect": inspect,
     "compare": compare,

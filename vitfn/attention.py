@@ -1,4 +1,4 @@
-"""What a model looks at in an image: python -m vitfn.attention MODEL IMAGE --out=DIR
+"""What a model looks at in an image: python -m vitfn.attention MODEL IMAGE [--out=DIR]
 
 MODEL is a run's directory or a file of weights. Writes one page, index.html, and its pictures: attention rollout, what
 speaks for a class, each block's and each head's attention, how far heads look, and the model's position embeddings and
@@ -37,8 +37,6 @@ def main(argv: list[str]) -> int:
 
 def command(fv: FlagValues, model: str, image: str) -> None:
     """The command."""
-    if not fv.out:
-        raise InputError("--out: found none, expected a folder for the page and its pictures")
     figures.blank(1)  # matplotlib is there
     path, run = weights.find(model)
     recipe.take(fv, {name: run[name] for name in ("eval_crop", "eval_interpolation") if name in run})

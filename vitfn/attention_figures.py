@@ -84,9 +84,11 @@ def distances_figure(distances: Tensor) -> "Figure":
     """How far each head looks, in pixels (L, H), by block."""
     figure = figures.blank(3.2)
     axes = figure.subplots()
+    blocks = range(len(distances))
     for head in distances.T.tolist():
-        axes.plot(range(len(head)), head, "o", color="#0072b2", alpha=0.6, markersize=4)
+        axes.plot(blocks, head, "o", color="#0072b2", alpha=0.6, markersize=4)
     axes.set(xlabel="block", ylabel="mean attention distance (pixels)", ylim=(0, None))
+    axes.set_xticks(blocks[:: math.ceil(len(blocks) / 24)])
     axes.grid(alpha=0.3)
     return figure
 

@@ -327,7 +327,7 @@ def crop_flags(fv: flags.FlagValues) -> None:
 
 def predict_flags(fv: flags.FlagValues) -> None:
     define = Definitions(fv)
-    define.integer("top", 5, "Likeliest classes to give of an image, at least 1.", lower_bound=1)
+    define.integer("top", 5, "Number of likeliest classes to give of an image, at least 1.", lower_bound=1)
     define.enum(
         "format",
         "table",
@@ -352,7 +352,7 @@ def labels_flags(fv: flags.FlagValues) -> None:
 
 def attention_flags(fv: flags.FlagValues) -> None:
     define = Definitions(fv)
-    define.string("out", None, "Folder for index.html and the pictures; those of an earlier call are replaced.")
+    define.string("out", "attention", "Folder for index.html and its pictures, which replace those of an earlier call.")
     define.string("class_name", None, "Name of the class whose relevance is drawn; default: the likeliest one's.")
 
 

@@ -44,7 +44,8 @@ def attend(params: Tree, images: Tensor, config: ViTConfig) -> tuple[Tensor, tup
     logits, found = apply(params, images, config, capture=r".*/weights|encoded")
     encoded = found.pop("encoded")  # (B, N, D)
     if config.classifier == "map":
-        probe, taps = params["MAPHead_0"]["probe"].expand(len(encoded), -1, -1), {}
+        taps: Tree = {}
+        probe = params["MAPHead_0"]["probe"].expand(len(encoded), -1, -1)  # (B, 1, D)
         layers.attention(
             params["MAPHead_0"]["MultiHeadDotProductAttention_0"], encoded, config, taps=taps, queries=probe
         )

@@ -14,13 +14,13 @@ import torch
 from absl.flags import FlagValues
 
 from vitfn import attention_figures as drawn
-from vitfn import figures, flags, labels, maps, page, recipe, weights
+from vitfn import figures, flags, maps, page, recipe, weights
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
 from vitfn.data.augment import normalise
 from vitfn.data.images import decode
 from vitfn.errors import InputError, printable
-from vitfn.predict import Guess, likeliest
+from vitfn.predict import Guess, classifier, likeliest
 from vitfn.tree import Tree
 
 if TYPE_CHECKING:
@@ -38,14 +38,7 @@ def main(argv: list[str]) -> int:
 def command(fv: FlagValues, model: str, image: str) -> None:
     """The command."""
     figures.blank(1)  # matplotlib is there
-    path, run = weights.find(model)
-    recipe.take(fv, {name: run[name] for name in ("eval_crop", "eval_interpolation") if name in run})
-    recipe.check_eval_crop(fv)
-    described = weights.describe(path)
-    config = described.config
-    if not config.num_classes:
-        raise InputError(f"{path}: found a model without a head, expected one that tells classes apart")
-    names = labels.class_names(described, path, fv.labels)
+    path, _, config, names = classifier(fv, model)
     if fv.class_name is not None and fv.class_name not in names:
         some = ", ".join(names[:_SHOWN])
         raise InputError(f"--class_name: found {fv.class_name!r}, expected one of {len(names):,}: {some}, ...")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from absl.flags import FlagValues
@@ -124,16 +124,20 @@ def _not_compiled(fv: FlagValues) -> None:
     fv.set_default("compile", "off")
 
 
-def command(fv: FlagValues, model: str, *images: str) -> int:
-    """The command."""
+def classifier(fv: FlagValues, model: str) -> tuple[str, dict[str, Any], ViTConfig, tuple[str, ...]]:
+    """MODEL's file, the flags of its run, which decide on the crop unless it is given, its config and its classes."""
     path, run = weights.find(model)
     recipe.take(fv, {name: run[name] for name in ("eval_crop", "eval_interpolation") if name in run})
     recipe.check_eval_crop(fv)
     described = weights.describe(path)
-    config = described.config
-    if not config.num_classes:
+    if not described.config.num_classes:
         raise InputError(f"{path}: found a model without a head, expected one that tells classes apart")
-    names = labels.class_names(described, path, fv.labels)
+    return path, run, described.config, labels.class_names(described, path, fv.labels)
+
+
+def command(fv: FlagValues, model: str, *images: str) -> int:
+    """The command."""
+    path, run, config, names = classifier(fv, model)
     paths = image_files(images)
     row = device.find(fv.device)
     predict_step = make_predict_step(

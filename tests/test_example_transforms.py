@@ -63,8 +63,14 @@ def problem(config: vitfn.ViTConfig):
     return x, logits, lambda x: F.cross_entropy(logits(x), labels)
 
 
-def quotient(f, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    return (f(x + STEP * direction) - f(x - STEP * direction)) / (2 * STEP)
+def direction(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random one of length 1 in the space of x."""
+    v = random(len(x), seed=seed)
+    return v / v.norm()
+
+
+def quotient(f, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (f(x + STEP * v) - f(x - STEP * v)) / (2 * STEP)
 
 
 def gradient_by_autograd(f, x: torch.Tensor) -> torch.Tensor:
@@ -85,11 +91,11 @@ def product_by_autograd(f, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 @CLASSIFIERS
 def test_a_forward_mode_derivative_of_the_logits_is_their_difference_quotient(config):
     x, logits, loss = problem(config)
-    direction = random(len(x), seed=2)
-    found = sharpness.slope(logits, x, direction)
+    v = direction(x, seed=2)
+    found = sharpness.slope(logits, x, v)
     assert found.shape == (2, 3)
-    torch.testing.assert_close(found, quotient(logits, x, direction), rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(sharpness.slope(loss, x, direction), gradient_by_autograd(loss, x) @ direction)
+    torch.testing.assert_close(found, quotient(logits, x, v), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(sharpness.slope(loss, x, v), gradient_by_autograd(loss, x) @ v)
 
 
 @CLASSIFIERS
@@ -99,9 +105,9 @@ def test_a_vjp_is_autograd_s_and_the_difference_quotient_s(config):
     (found,) = torch.func.vjp(logits, x)[1](cotangent)
     torch.testing.assert_close(found, gradient_by_autograd(lambda x: (logits(x) * cotangent).sum(), x))
     for seed in range(4):
-        direction = random(len(x), seed=seed)
-        slope = (quotient(logits, x, direction) * cotangent).sum()
-        torch.testing.assert_close(found @ direction, slope, rtol=1e-7, atol=1e-8)
+        v = direction(x, seed)
+        slope = (quotient(logits, x, v) * cotangent).sum()
+        torch.testing.assert_close(found @ v, slope, rtol=1e-7, atol=1e-8)
 
 
 @CLASSIFIERS
@@ -121,7 +127,7 @@ def test_jacrev_of_the_pixels_is_a_difference_quotient_in_each(config):
 @CLASSIFIERS
 def test_a_hessian_vector_product_is_autograd_s_double_backward_and_a_difference_quotient(config):
     x, _, loss = problem(config)
-    v = random(len(x), seed=4)
+    v = direction(x, seed=4)
     found = sharpness.hessian(loss, x)(v)
     torch.testing.assert_close(found, product_by_autograd(loss, x, v), rtol=1e-9, atol=1e-11)
     differences = quotient(lambda x: gradient_by_autograd(loss, x), x, v)
@@ -175,7 +181,7 @@ def test_lanczos_finds_a_large_eigenvalue_once():
 def test_lanczos_finds_the_largest_eigenvalue_of_a_model_s_dense_hessian():
     x, _, loss = problem(TINY)
     dense = torch.func.hessian(loss)(x)
-    v = random(len(x), seed=5)
+    v = direction(x, seed=5)
     torch.testing.assert_close(dense @ v, product_by_autograd(loss, x, v), rtol=1e-9, atol=1e-10)
     largest = torch.linalg.eigvalsh(dense)[-1]
     found, bounds = sharpness.lanczos(sharpness.hessian(loss, x), random(len(x), seed=6), 40)

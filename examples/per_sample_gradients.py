@@ -7,7 +7,6 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,12 +82,12 @@ def main() -> None:
     }
     found = timing.steady(calls, args.rounds, limit=300)
     print(f"{config.name}, {args.batch} images, {torch.get_num_threads()} threads")
-    print(f"{'':<10}{'loop':>10}{'at once':>13}   loop / at once (quartiles)")
+    print(f"{'':<10}{'loop':>13}{'at once':>13}   loop / at once (quartiles)")
     for name in ("gradients", "norms"):
         loop, together = found[f"{name}, loop"], found[f"{name}, at once"]
         ratios = statistics.quantiles([a / b for a, b in zip(loop, together, strict=True)], n=4, method="inclusive")
-        print(f"{name:<10}{1000 * statistics.median(loop):>7.1f} ms{1000 * statistics.median(together):>10.1f} ms", end="")
-        print(f"   {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})")
+        times = "".join(f"{1000 * statistics.median(each):>10.1f} ms" for each in (loop, together))
+        print(f"{name:<10}{times}   {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})")
     one_by_one = tree.map(lambda *leaves: torch.stack(leaves), *looped(one)(*batch))
     print(f"largest relative error of an array: {largest_error(at_once(one, args.chunk)(*batch), one_by_one):.1e}")
     rate = args.batch * flops.needed_flops(config, training=True) / statistics.median(found["gradients, loop"])

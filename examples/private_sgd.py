@@ -1,7 +1,7 @@
 """Differentially private SGD (Abadi et al., arXiv 1607.00133): each image's gradient clipped, their sum with noise.
 
-The accounting is left to a library, such as Opacus' accountants or dp-accounting: what they ask for is printed. Whoever
-knows the seed can take the noise away again: where privacy matters, keep it secret and draw from a cryptographic source.
+The accounting is left to a library, such as Opacus' accountants or dp-accounting: what they ask for is printed. Who
+knows the seed can take the noise away again: where privacy matters keep it secret, and draw from a cryptographic source.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def private_gradient(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lot", type=int, default=128, help="images a step, on average")
     parser.add_argument("--max_norm", type=float, default=1.0, help="what each image's gradient is clipped to")
     parser.add_argument("--noise", type=float, default=1.0, help="the noise's deviation, in units of max_norm")

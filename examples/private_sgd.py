@@ -1,7 +1,8 @@
 """Differentially private SGD (Abadi et al., arXiv 1607.00133): each image's gradient clipped, their sum with noise.
 
-The accounting is left to a library, such as Opacus' accountants or dp-accounting: what they ask for is printed. Who
-knows the seed can take the noise away again: where privacy matters keep it secret, and draw from a cryptographic source.
+The accounting is left to a library, such as Opacus' accountants or dp-accounting: what they ask for is printed.
+Whoever knows the seed can take the noise away again: where privacy matters, keep it secret, and draw from a
+cryptographic source.
 """
 
 import argparse

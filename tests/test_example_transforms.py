@@ -139,7 +139,7 @@ def test_a_hessian_vector_product_is_autograd_s_double_backward_and_a_difference
     torch.testing.assert_close(sharpness.hessian_by_differences(loss, x, STEP)(v), differences, rtol=1e-8, atol=1e-9)
 
 
-# torch's layer_norm has a forward derivative that is wrong when it is differentiated again (pytorch/pytorch#196700, open):
+# torch's layer_norm has a forward derivative that is wrong once it is differentiated itself (pytorch/pytorch#196700):
 # forward over reverse is right, as above, and reverse over reverse. When these pass, docs may recommend them.
 ORDERS = {
     "reverse over forward": lambda loss, x, v: torch.func.grad(lambda x: sharpness.slope(loss, x, v))(x),

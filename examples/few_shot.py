@@ -3,6 +3,7 @@
 python examples/few_shot.py --model=ViT-B_16.npz --dataset=folder --data_dir=photos; without a file a small model learns
 to tell the digits 0 to 4, and is evaluated on 5 to 9, which it has never seen.
 """
+
 import argparse
 import dataclasses
 import sys
@@ -80,14 +81,13 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data", help="folder with the dataset's files")
     args = parser.parse_args()
     config = weights.describe(args.model).config if args.model else vitfn.get_config("ViT-Nano_8", num_classes=5)
-    dataset = args.dataset if args.model else "digits"
-    train, test, _ = data.load(dataset, args.data_dir, channels=config.channels)
+    train, test, _ = data.load(args.dataset if args.model else "digits", args.data_dir, channels=config.channels)
     if args.model:
         models = {"accuracy": vitfn.load(args.model)}
     else:
         parts = (train, train.labels < 5), (train, train.labels >= 5), (test, test.labels >= 5)
         low, train, test = (Split(*(each[part] for each in split)) for split, part in parts)
-        models = {"untrained": (start := vitfn.init(config)), "trained": trained(start, config, low, 150)}
+        models = {"untrained": (start := vitfn.init(config)), "trained": trained(start, config, low, 300)}
     found = [[features(params, split, config) for split in (train, test)] for params in models.values()]
     print("shots " + "".join(f"{name:>12}{'L2':>12}" for name in models))
     for k in (1, 5, 10, 25):  # and 25 others of each class choose the strength

@@ -39,9 +39,9 @@ def whole(params: Tree, small: Tree) -> Tree:
     return lora.merge({**params, "head": small["head"]}, small["lora"])
 
 
-def trained(leaves: Tree, model: Model, config: vitfn.ViTConfig, split: data.Split, steps: int) -> Tree:
+def trained(leaves: Tree, model: Model, config: vitfn.ViTConfig, split: data.Split, steps: int, rate: float) -> Tree:
     """The leaves after `steps` of AdamW on them alone."""
-    optimizer = vitfn.adamw(vitfn.warmup_cosine(3e-3, steps, steps // 10))
+    optimizer = vitfn.adamw(vitfn.warmup_cosine(rate, steps, steps // 10))
 
     def loss(leaves: Tree, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(vitfn.apply(model(leaves), images, config), labels)
@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default=lora.TARGETS, help="regular expression over the kernels' whole paths")
     parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} images each")
+    parser.add_argument(
+        "--rate", type=float, default=0.02, help="peak of the learning rate; large models need a smaller one"
+    )
     parser.add_argument("--out", type=Path, default=Path("output/lora"), help="folder for the two files")
     args = parser.parse_args()
     train, test, names = data.load("digits")
@@ -76,9 +79,9 @@ def main() -> None:
         params = vitfn.load(args.model, config)
     else:
         known = data.Split(*(each[train.labels < 5] for each in train))
-        params = trained(vitfn.init(config), lambda leaves: leaves, config, known, steps=100)
+        params = trained(vitfn.init(config), lambda leaves: leaves, config, known, 100, 3e-3)
     start = {"lora": lora.init(params, args.rank, targets=args.targets), "head": params["head"]}
-    small = trained(start, lambda leaves: whole(params, leaves), config, train, args.steps)
+    small = trained(start, lambda leaves: whole(params, leaves), config, train, args.steps, args.rate)
     for name, leaves in (("before", start), ("after", small)):
         right = logits(whole(params, leaves), test.images, config).argmax(-1) == test.labels
         print(f"{name:<8}{right.float().mean():.1%} of the test images")

@@ -65,7 +65,7 @@ def measured(params: Tree, config: vitfn.ViTConfig, images: Tensor, labels: Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of each fine-tuning; their start is of twice as many")
+    parser.add_argument("--steps", type=int, default=40, help="of each fine-tuning; their start is of twice as many")
     steps = parser.parse_args().steps
     digits, config = data.load("digits"), vitfn.get_config("ViT-Nano_8", num_classes=10)
     images, labels = normalise(digits.train.images, config), digits.train.labels
@@ -86,9 +86,9 @@ def main() -> None:
     row("soup of all", soup(models))
     row(f"greedy soup, of {len(chosen)}", soup(chosen))
     stranger = trained(vitfn.init(config, 1), config, a, b, 3 * steps, 2e-3, seed=9)
-    for name, other in (("one with the same start", models[3]), ("one with another start", stranger)):
+    for name, other in (("the same start", models[3]), ("another start", stranger)):
         for t in (0.0, 0.25, 0.5, 0.75, 1.0):
-            row(f"{t:4.0%} of the way to {name}", between(models[2], other, t))
+            row(f"{t:.0%} of the way, {name}", between(models[2], other, t))
     tasks = [trained(start, config, a[part], b[part], steps, 2e-3, 20) for part in (b < 5, b >= 5)]
     print(f"{'':<34}  digits 0 to 4          digits 5 to 9")
     for factors in ((0, 0), (1, 0), (0, 1), (0.5, 0.5), (1, 1), (-0.5, 0)):

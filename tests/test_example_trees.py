@@ -72,7 +72,10 @@ def test_an_ensemble_has_the_curves_and_parameters_of_separate_runs(one_thread):
 
 def test_a_member_of_an_ensemble_knows_nothing_of_the_others(one_thread):
     ensemble, generator = example("ensemble"), torch.Generator().manual_seed(1)
-    images, labels = torch.randn(4, 2, 4, 3, 32, 32, generator=generator), torch.randint(10, (4, 2, 4), generator=generator)
+    images, labels = (
+        torch.randn(4, 2, 4, 3, 32, 32, generator=generator),
+        torch.randint(10, (4, 2, 4), generator=generator),
+    )
     models = [vitfn.init(TINY, seed) for seed in range(2)]
     _, losses = ensemble.together(TINY, (0.1, 0.1), 4)(models, images, labels)
     images[:, 1] *= 100
@@ -147,10 +150,17 @@ def test_fine_tuning_leaves_its_start_alone(one_thread):
 @pytest.mark.slow
 def test_the_soups_script_prints_every_mixture():
     text = run("soups", "--steps=12")
-    losses = {line[:34].strip(): float(line.split("loss")[1].split(",")[0]) for line in text.splitlines() if "loss" in line}
-    assert losses["0% of the way to one with the same start"] == losses["fine-tuned, seed and rate 3"]
-    assert losses["100% of the way to one with the same start"] == losses["fine-tuned, seed and rate 4"]
-    assert {"start", "soup of all", "start + 1 low + 1 high", "100% of the way to one with another start"} <= losses.keys()
+    losses = {
+        line[:34].strip(): float(line.split("loss")[1].split(",")[0]) for line in text.splitlines() if "loss" in line
+    }
+    assert losses["0% of the way, the same start"] == losses["fine-tuned, seed and rate 3"]
+    assert losses["100% of the way, the same start"] == losses["fine-tuned, seed and rate 4"]
+    assert {
+        "start",
+        "soup of all",
+        "start + 1 low + 1 high",
+        "100% of the way, another start",
+    } <= losses.keys()
     assert losses["soup of all"] < losses["start"]
 
 
@@ -174,7 +184,9 @@ def clusters(per_class: int, seed: int, spread: float = 0.3) -> Split:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor([4, 6, 9]).repeat(per_class)
     centres = torch.randn(10, 12, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return Split(centres[labels] + spread * torch.randn(len(labels), 12, generator=generator, dtype=torch.float64), labels)
+    return Split(
+        centres[labels] + spread * torch.randn(len(labels), 12, generator=generator, dtype=torch.float64), labels
+    )
 
 
 def test_few_shots_tell_clusters_apart_whatever_the_features_units():
@@ -222,7 +234,7 @@ def test_features_are_the_encoded_class_tokens():
 
 
 @pytest.mark.slow
-def test_the_few_shot_script_learns_from_more_shots_and_from_a_trained_model():
+def test_the_few_shot_script_learns_more_from_more_shots():
     rows = [line.split() for line in run("few_shot").splitlines()[1:]]
     shots, untrained, trained = [], [], []
     for k, before, _, after, _ in rows:
@@ -230,8 +242,8 @@ def test_the_few_shot_script_learns_from_more_shots_and_from_a_trained_model():
         untrained.append(float(before.rstrip("%")))
         trained.append(float(after.rstrip("%")))
     assert shots == [1, 5, 10, 25]
-    assert trained[-1] > trained[0] > 20
-    assert trained[-1] > untrained[-1]
+    for accuracies in (untrained, trained):  # of five classes
+        assert accuracies[-1] > max(50, accuracies[0] + 20)
 
 
 @pytest.mark.slow
@@ -272,6 +284,8 @@ def test_the_lora_script_takes_a_file_of_weights_and_changes_its_targets_alone(t
     text = run("lora", f"--model={tmp_path / 'tiny.npz'}", targets, "--rank=2", "--steps=2", f"--out={tmp_path}")
     assert "rank 2" in text
     merged, flat = tree.flatten(vitfn.load(tmp_path / "merged.npz")), tree.flatten(params)
-    changed = {path for path, leaf in flat.items() if not path.startswith("head") and not torch.equal(leaf, merged[path])}
+    changed = {
+        path for path, leaf in flat.items() if not path.startswith("head") and not torch.equal(leaf, merged[path])
+    }
     assert changed == {f"Transformer/encoderblock_{i}/MlpBlock_3/Dense_0/kernel" for i in range(2)}
     assert merged["head/kernel"].shape == (24, 10)

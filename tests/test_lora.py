@@ -36,7 +36,9 @@ def test_a_new_lora_changes_no_bit():
     params = alive()
     merged = lora.merge(params, lora.init(params, targets=EVERY))
     assert list(tree.flatten(merged)) == list(tree.flatten(params))
-    assert all(torch.equal(merged_leaf, leaf) for merged_leaf, leaf in zip(*map(tree.leaves, (merged, params)), strict=True))
+    assert all(
+        torch.equal(merged_leaf, leaf) for merged_leaf, leaf in zip(*map(tree.leaves, (merged, params)), strict=True)
+    )
 
 
 def test_leaves_that_are_not_adapted_are_the_model_s_own():
@@ -121,7 +123,9 @@ def test_an_a_is_a_function_of_seed_and_path_alone():
     short, long = tree.flatten(short), tree.flatten(long)
     assert short.keys() < long.keys()
     assert all(torch.equal(leaf, long[path]) for path, leaf in short.items())
-    first, second = (long[f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1/query/kernel/a"] for i in (0, 1))
+    first, second = (
+        long[f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1/query/kernel/a"] for i in (0, 1)
+    )
     assert not torch.equal(first, second)
     other = tree.flatten(lora.init(vitfn.init(vitfn.get_config("ViT-Nano_8", num_layers=1)), seed=4))
     assert not any(torch.equal(leaf, other[path]) for path, leaf in short.items() if path.endswith("/a"))
@@ -142,9 +146,16 @@ def test_matrices_have_the_dtype_of_their_kernel():
 def test_several_loras_of_one_model_run_at_once_under_vmap():
     params = alive()
     several = [random_lora(params, targets=lora.TARGETS, seed=seed) for seed in range(3)]
-    at_once = torch.func.vmap(lambda small: vitfn.apply(lora.merge(params, small), images(), SMALL))(tree.stack(several))
+    x = images()
+
+    def logits_of(small: dict) -> torch.Tensor:
+        return vitfn.apply(lora.merge(params, small), x, SMALL)
+
+    at_once = torch.func.vmap(logits_of)(tree.stack(several))
     for logits, small in zip(at_once, several, strict=True):
-        torch.testing.assert_close(logits, vitfn.apply(lora.merge(params, small), images(), SMALL), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits, vitfn.apply(lora.merge(params, small), images(), SMALL), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Four small models trained and evaluated as one step under vmap, beside four runs: the same curves, each one's time."""
+"""Four small models trained and evaluated as one step under vmap, beside four runs: the same curves, and their time."""
 
 import argparse
 import sys

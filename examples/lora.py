@@ -67,9 +67,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default=lora.TARGETS, help="regular expression over the kernels' whole paths")
     parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} images each")
-    parser.add_argument(
-        "--rate", type=float, default=0.02, help="peak of the learning rate; large models need a smaller one"
-    )
+    parser.add_argument("--rate", type=float, default=0.02, help="of learning; large models need a smaller one")
     parser.add_argument("--out", type=Path, default=Path("output/lora"), help="folder for the two files")
     args = parser.parse_args()
     train, test, names = data.load("digits")

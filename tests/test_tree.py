@@ -157,3 +157,19 @@ def test_a_model_s_tree_has_the_order_of_its_shapes():
     assert [(path, tuple(leaf.shape)) for path, leaf in tree.flatten(vitfn.init(SMALL)).items()] == list(
         vitfn.shapes(SMALL).items()
     )
+
+
+def test_unstack_is_the_inverse_of_stack():
+    trees = [tree.map(lambda leaf, i=i: leaf + i, make_tree()) for i in range(3)]
+    stacked = tree.stack(trees)
+    assert list(tree.flatten(stacked)) == list(tree.flatten(trees[0]))
+    assert stacked["head"]["kernel"].shape == (3, 3, 4)
+    for found, expected in zip(tree.unstack(stacked), trees, strict=True):
+        assert list(tree.flatten(found)) == list(tree.flatten(expected))
+        assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, (found, expected)), strict=True))
+
+
+def test_unstacked_leaves_are_views():
+    stacked = tree.stack([make_tree(), make_tree()])
+    tree.unstack(stacked)[1]["head"]["bias"].fill_(7)
+    assert stacked["head"]["bias"].tolist() == [[0] * 4, [7] * 4]

@@ -1,7 +1,7 @@
 """Trees of named leaves: nested dicts whose '/'-joined paths are the names in Google's npz files."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,16 @@ def to(tree: Mapping[str, Any], *args, **kwargs) -> Tree:
 def clone(tree: Mapping[str, Any]) -> Tree:
     """The same tree in memory of its own."""
     return map(lambda leaf: leaf.clone(), tree)
+
+
+def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
+    """Trees of the same paths and shapes as one, whose leaves have a new first axis: (...) each -> (k, ...)."""
+    return map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def unstack(tree: Mapping[str, Any]) -> list[Tree]:
+    """The inverse of `stack`: k trees, whose leaves are views."""
+    return [map(lambda leaf: leaf[i], tree) for i in range(len(leaves(tree)[0]))]
 
 
 def norm(tree: Mapping[str, Any]) -> Tensor:

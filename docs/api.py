@@ -1,4 +1,4 @@
-"""Prints docs/api.md, the public names with their docstrings, read from the sources: python docs/api.py > docs/api.md"""
+"""Prints docs/api.md, the public names with their docstrings, from the sources: python docs/api.py > docs/api.md"""
 
 import ast
 import re
@@ -29,7 +29,9 @@ class Module:
         self.source = (SOURCES / f"{name}.py").read_text()
         self.tree = ast.parse(self.source)
         self.doc = markdown(self.tree)
-        self.public = {node.name: node for node in self.tree.body if isinstance(node, Definition) and node.name[0] != "_"}
+        self.public = {
+            node.name: node for node in self.tree.body if isinstance(node, Definition) and node.name[0] != "_"
+        }
 
     def head(self, function: ast.FunctionDef) -> str:
         """A function's source up to its body."""
@@ -53,7 +55,7 @@ def methods(node: Definition) -> list[ast.FunctionDef]:
 
 def markdown(node: ast.Module | Definition) -> str:
     """A docstring so that Markdown shows it as it is: what is not in backticks is escaped."""
-    return re.sub(r"(`[^`]*`)|([*_<])", lambda found: found[1] or "\\" + found[2], ast.get_docstring(node) or "")
+    return re.sub(r"(`[^`]*`)|([*<])", lambda found: found[1] or "\\" + found[2], ast.get_docstring(node) or "")
 
 
 def entry(module: Module, node: Definition, name: str) -> str:

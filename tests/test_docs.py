@@ -22,7 +22,7 @@ api = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(api)
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-BLOCK = re.compile(r"^(?:<!-- (?P<mark>.+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 # What stands in the line before a snippet: why it is not run, or which optional packages it needs.
 MARK = re.compile(r"not run: (?P<reason>.{8,})|needs (?P<packages>\w+(, \w+)*)")
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?"

@@ -3,6 +3,7 @@
     python benchmarks/input.py crops             # images/s of 32-pixel images cropped to 224, flipped and normalised
     python benchmarks/input.py files             # the same of 400 JPEGs of 500x375
     python benchmarks/input.py waiting [ROUNDS]  # of ViT-Ti_16's steps of 16, from memory and from the JPEGs
+    python benchmarks/input.py predict [ROUNDS]  # images/s of vitfn.predict's loop, 1,000 JPEGs, and of its model alone
 
 Contenders alternate; each has all cores, as threads or as workers. It needs torchvision (requirements-peers.txt).
 """
@@ -30,6 +31,8 @@ import vitfn
 from vitfn.data import Files, Split
 from vitfn.data.augment import Augmentation, augment, crop
 from vitfn.data.batches import training_batches
+from vitfn.data.crops import resize
+from vitfn.predict import predict
 
 CONFIG, WHAT = vitfn.get_config("Ti/16"), Augmentation(flip=True)
 ROUNDS, IMAGES, WORKERS = 11, 1024, 2  # images of a round
@@ -107,17 +110,17 @@ def whole_batches(images: torch.Tensor, transform: Callable, batch: int) -> Call
 # --- tables
 
 
-def compare(title: str, contenders: dict[str, Callable[[], int]]) -> None:
+def compare(title: str, contenders: dict[str, Callable[[], int]], rounds: int = ROUNDS) -> None:
     """Rates, and the first contender's over each other's in the same round: medians and quartiles."""
     for prepare in contenders.values():
         prepare()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, prepare in contenders.items():
             started = time.perf_counter()
             rates[name].append(prepare() / (time.perf_counter() - started))
     first = next(iter(rates.values()))
-    print(f"\n{title}, {torch.get_num_threads()} threads or {WORKERS} workers, {ROUNDS} rounds of {IMAGES} images")
+    print(f"\n{title}, {torch.get_num_threads()} threads or {WORKERS} workers, {rounds} rounds")
     print(f"{'':<44}{'images/s':>10}   quartiles      ours / this, quartiles")
     for name, values in rates.items():
         low, median, high = statistics.quantiles(values, n=4)
@@ -174,6 +177,24 @@ def files() -> None:
         compare(f"JPEGs to 224x224, batch {BATCH}", contenders)
 
 
+def predicting(rounds: int) -> None:
+    """Not compiled, as the command does it."""
+    step, params = vitfn.make_predict_step(CONFIG, compile="off"), vitfn.init(CONFIG)
+    batch = (torch.randn(64, 3, 224, 224),)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = tuple((3 * write_photos(Path(folder)))[:1000])
+
+        def of_files(workers: int) -> int:
+            each = predict(step, params, paths, CONFIG, 64, fit=partial(resize, size=(224, 224)), workers=workers)
+            return sum(len(places) for places, _ in each)
+
+        contenders = {
+            "the model alone": lambda: sum(len(step(params, batch)) for _ in range(8)),
+            **{f"of files, {workers} workers": partial(of_files, workers) for workers in (2, 1, 0)},
+        }
+        compare("ViT-Ti_16 at 224, batches of 64", contenders, rounds)
+
+
 def trained(folder: Path, name: str, *flags: str) -> tuple[float, float]:
     """Seconds a step of ViT-Ti_16, and the share of it spent waiting: the loop's own, without the first step."""
     command = [sys.executable, "-m", "vitfn.train", f"--name={name}", f"--output_dir={folder}", *flags]
@@ -222,5 +243,7 @@ if __name__ == "__main__":
             files()
         case ["waiting", *rounds]:
             waiting(int(rounds[0]) if rounds else 3)
+        case ["predict", *rounds]:
+            predicting(int(rounds[0]) if rounds else 3)
         case _:
             sys.exit(__doc__)

@@ -14,7 +14,7 @@ from conftest import ROOT
 from vitfn import device, flags
 from vitfn.compile import FORMS
 from vitfn.errors import InputError
-from vitfn.step import PRECISIONS
+from vitfn.logits import PRECISIONS
 
 
 @pytest.fixture

@@ -6,12 +6,27 @@ import pytest
 from absl.flags import FlagValues
 from conftest import ROOT
 
-from vitfn import bench, compare, convert, evaluate, export, flags, flagtypes, inspect, recipe, train
+from vitfn import (
+    attention,
+    bench,
+    compare,
+    convert,
+    evaluate,
+    export,
+    flags,
+    flagtypes,
+    inspect,
+    predict,
+    recipe,
+    train,
+)
 from vitfn.device import DEVICES
 
 GROUPS = {
     "train": flags.TRAIN,
-    "evaluate": (flags.evaluate_flags, flags.data_flags, flags.device_flags),
+    "evaluate": (flags.evaluate_flags, flags.data_flags, flags.crop_flags, flags.device_flags),
+    "predict": (flags.predict_flags, flags.labels_flags, flags.crop_flags, flags.device_flags),
+    "attention": (flags.attention_flags, flags.labels_flags, flags.crop_flags),
     "convert": (flags.convert_flags, flags.assume_flags),
     "inspect": (flags.assume_flags,),
     "compare": (flags.compare_flags,),
@@ -21,6 +36,8 @@ GROUPS = {
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
+    "attention": attention,
     "convert": convert,
     "inspect": inspect,
     "compare": compare,

@@ -24,6 +24,7 @@ def run_command(
 ) -> int:
     """Parses `argv` and runs the command on the flags and arguments; returns the exit code.
 
+    Of `arguments` the last may end in '...': one or more of it, which the command takes as `*args`.
     Bad input is one line on stderr and code 2, a run that cannot go on one line and code 1.
     """
     fv = flags.FlagValues()
@@ -39,7 +40,8 @@ def run_command(
         if fv.help:
             print(sys.modules[command.__module__].__doc__, fv.get_help(include_special_flags=False), sep="\n")
             return 0
-        if len(extra) != len(arguments):
+        several = bool(arguments) and arguments[-1].endswith("...")
+        if len(extra) < len(arguments) or (len(extra) > len(arguments) and not several):
             expected = f"the arguments {' '.join(arguments)}" if arguments else "--flag=value"
             raise InputError(f"found {' '.join(extra) or 'no arguments'}, expected {expected}")
         code = command(fv, *extra)

@@ -82,7 +82,7 @@ def _in_one_graph(function: Callable, row: device.Device) -> Callable:
 
 
 class CompiledStep:
-    """A function of (carry, (images, labels)), built in the first compile form that works on the images' device.
+    """A function of (carry, (images, ...)), built in the first compile form that works on the images' device.
 
     `build(form, row)` makes the function for a form and a row of the table of devices, once for each shape of images.
     A form that fails at a first call is reported, and the next one takes over: exact, as long as nothing is written
@@ -98,13 +98,13 @@ class CompiledStep:
         self._build, self._requested, self._fallback = build, compile, fallback
         self._functions: dict[tuple, Callable] = {}
 
-    def __call__(self, carry: Any, batch: tuple[Tensor, Tensor]) -> Any:
+    def __call__(self, carry: Any, batch: tuple[Tensor, ...]) -> Any:
         kind = (batch[0].shape, batch[0].device.type)
         if kind not in self._functions:
             return self._first_call(carry, batch, kind)
         return self._functions[kind](carry, batch)
 
-    def _first_call(self, carry: Any, batch: tuple[Tensor, Tensor], kind: tuple) -> Any:
+    def _first_call(self, carry: Any, batch: tuple[Tensor, ...], kind: tuple) -> Any:
         row = device.row_of(batch[0].device)
         *compiling, last = FORMS[self.form or (row.compile if self._requested == "auto" else self._requested)]
         failures = {}

@@ -5,6 +5,11 @@ class RunError(RuntimeError):
     """A run cannot go on, though its input is right: no space, numbers that are not finite. One line, exit code 1."""
 
 
+def printable(text: str) -> str:
+    """A text as a line that shows: names in foreign files hold any character, a terminal's commands too."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 class InputError(ValueError):
     """A flag, file or argument is wrong. The message is one line: what it is, what was found, what was expected.
 
@@ -12,8 +17,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        line = " ".join(message.splitlines())  # names in foreign files hold any character, terminals' commands too
-        super().__init__("".join(character if character.isprintable() else "?" for character in line))
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 def one_line(text: object, most: int | None = None) -> str:

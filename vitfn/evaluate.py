@@ -27,10 +27,10 @@ from vitfn.data.batches import evaluation_batches
 from vitfn.data.crops import resize
 from vitfn.data.dataset import joined
 from vitfn.errors import InputError
+from vitfn.eval_step import make_eval_step
 from vitfn.files import replacing
 from vitfn.metrics import Predictions
 from vitfn.parallel import ALONE, Ranks
-from vitfn.step import make_eval_step
 from vitfn.tree import Tree
 
 _WORST = 5  # classes that are printed
@@ -91,16 +91,14 @@ def evaluate(
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    groups = (flags.evaluate_flags, flags.data_flags, flags.device_flags)
+    groups = (flags.evaluate_flags, flags.data_flags, flags.crop_flags, flags.device_flags)
     return run_command(command, argv, *groups, arguments=("MODEL",))
 
 
 def command(fv: FlagValues, model: str) -> None:
     """The command."""
     path, run = weights.find(model)
-    for name in fv:
-        if name in run and not fv[name].present:
-            fv[name].value = run[name]
+    recipe.take(fv, run)
     recipe.check_eval_crop(fv)
     described = weights.describe(path)
     row = device.find(fv.device)

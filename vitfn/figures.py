@@ -40,7 +40,8 @@ _PANELS = (  # label of the axis, its scale, the rows' names and what to call th
 )
 
 
-def _figure(height: float) -> "Figure":
+def blank(height: float) -> "Figure":
+    """An empty figure, `height` inches high. Raises InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -57,7 +58,8 @@ def save(figure: "Figure", path: str | os.PathLike) -> None:
         raise InputError(f"{path}: expected a path of a picture, found: {error}") from None
 
 
-def _png_uri(png: bytes) -> str:
+def png_uri(png: bytes) -> str:
+    """A PNG file's bytes as an address that holds them."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -65,7 +67,7 @@ def data_uri(figure: "Figure") -> str:
     """The picture, on a transparent ground, as an address that holds it."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, transparent=True)
-    return _png_uri(file.getvalue())
+    return png_uri(file.getvalue())
 
 
 def thumbnail_uri(image: Tensor) -> str:
@@ -81,7 +83,7 @@ def thumbnail_uri(image: Tensor) -> str:
     file = io.BytesIO()
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
     Image.fromarray(pixels.contiguous().numpy()).resize(size, resample).save(file, "png")
-    return _png_uri(file.getvalue())
+    return png_uri(file.getvalue())
 
 
 def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
@@ -90,7 +92,7 @@ def curves_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
     None, a value that was not finite, is a gap in its curve and a cross below it.
     """
     panels = [panel for panel in _PANELS if any(name in row for row in rows for name in panel[2])]
-    figure = _figure(0.6 + 2.1 * len(panels))
+    figure = blank(0.6 + 2.1 * len(panels))
     each = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (label, scale, names) in zip(each, panels, strict=True):
         positive = any((row.get(name) or 0) > 0 for row in rows for name in names)
@@ -122,7 +124,7 @@ def _curve(axes: "Axes", points: list[tuple[int, float | None]], called: str, fa
 
 def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> "Figure":
     """Counts (K, K), true classes downwards: each cell's colour is its share of the row, its number the images."""
-    figure = _figure(5.4)
+    figure = blank(5.4)
     from matplotlib.colors import PowerNorm
 
     k = len(class_names)
@@ -163,7 +165,7 @@ def reliability_figure(p: Predictions) -> "Figure":
     width = 100 / len(images)  # percent
     there = images > 0
     left = (torch.arange(len(images)) * width)[there].tolist()
-    figure = _figure(4.2)
+    figure = blank(4.2)
     above, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     above.bar(left, (100 * right / images)[there].tolist(), width, align="edge", color="#8fc1e3", edgecolor=_TRAINING)
     above.plot([0, 100], [0, 100], "--", color="gray", linewidth=1, label="perfectly calibrated")

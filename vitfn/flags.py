@@ -14,10 +14,10 @@ from vitfn.data import DATASETS
 from vitfn.data.crops import SAMPLERS
 from vitfn.device import DEVICES
 from vitfn.flagtypes import BatchParser, Definitions, PairParser, SizeParser
+from vitfn.logits import PRECISIONS
 from vitfn.losses import LOSSES
 from vitfn.parallel import TIMEOUT
 from vitfn.remat import KINDS as REMATS
-from vitfn.step import PRECISIONS
 from vitfn.weights import LAYOUTS
 
 
@@ -52,17 +52,6 @@ def data_flags(fv: flags.FlagValues) -> None:
         "What a torn or foreign image file does: end the run, or be named and left out.",
     )
     define.integer("eval_batch_size", 64, "Images per evaluation batch.", lower_bound=1)
-    define.float(
-        "eval_crop",
-        0.0,
-        "Evaluate a centre crop of this part of the shorter side, 0.1 to 1, as published accuracies assume (0.875, "
-        "0.9); 0: the whole image, its sides resized independently, as Google does.",
-        0,
-        1,
-    )
-    define.enum(
-        "eval_interpolation", "bilinear", ["bilinear", "bicubic"], "How --eval_crop resizes (with antialiasing)."
-    )
 
 
 def augment_flags(fv: flags.FlagValues) -> None:
@@ -321,6 +310,52 @@ def evaluate_flags(fv: flags.FlagValues) -> None:
     )
 
 
+def crop_flags(fv: flags.FlagValues) -> None:
+    define = Definitions(fv)
+    define.float(
+        "eval_crop",
+        0.0,
+        "Evaluate a centre crop of this part of the shorter side, 0.1 to 1, as published accuracies assume (0.875, "
+        "0.9); 0: the whole image, its sides resized independently, as Google does.",
+        0,
+        1,
+    )
+    define.enum(
+        "eval_interpolation", "bilinear", ["bilinear", "bicubic"], "How --eval_crop resizes (with antialiasing)."
+    )
+
+
+def predict_flags(fv: flags.FlagValues) -> None:
+    define = Definitions(fv)
+    define.integer("top", 5, "Number of likeliest classes to give of an image, at least 1.", lower_bound=1)
+    define.enum(
+        "format",
+        "table",
+        ["table", "csv", "jsonl"],
+        "What stdout gets: a table to read, a CSV row for each class of each image, or a JSON object for each image.",
+    )
+    define.integer("batch_size", 64, "Images per batch.", lower_bound=1)
+    define.integer(
+        "num_workers", 2, "Processes that decode image files ahead of the model; 0: this one.", lower_bound=0
+    )
+
+
+def labels_flags(fv: flags.FlagValues) -> None:
+    define = Definitions(fv)
+    define.string(
+        "labels",
+        "",
+        "Text file with the classes' names, one a line, in the model's order; default: the model's own names, of 1,000 "
+        "classes without names ImageNet-1k's, else numbers.",
+    )
+
+
+def attention_flags(fv: flags.FlagValues) -> None:
+    define = Definitions(fv)
+    define.string("out", "attention", "Folder for index.html and its pictures, which replace those of an earlier call.")
+    define.string("class_name", None, "Name of the class whose relevance is drawn; default: the likeliest one's.")
+
+
 def convert_flags(fv: flags.FlagValues) -> None:
     define = Definitions(fv)
     define.enum(
@@ -394,7 +429,7 @@ def bench_flags(fv: flags.FlagValues) -> None:
     define.string("out", "", "Folder for bench.json and profile.csv; default: none.")
 
 
-TRAIN = (run_flags, train_flags, recipe_flags, augment_flags, data_flags, model_flags, device_flags)
+TRAIN = (run_flags, train_flags, recipe_flags, augment_flags, data_flags, crop_flags, model_flags, device_flags)
 
 
 def table(groups: Iterable[Callable[[flags.FlagValues], None]]) -> str:

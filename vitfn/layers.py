@@ -102,6 +102,17 @@ def attention(
     return affine(y.transpose(1, 2).flatten(2), out["kernel"].flatten(0, 1), out["bias"])  # (B, N, D)
 
 
+def gelu(x: Tensor, form: str) -> Tensor:
+    """The GELU (Hendrycks and Gimpel, arXiv 1606.08415), `form` 'tanh' or 'erf': (...) -> (...).
+
+    (1 + tanh(u)) / 2 is sigmoid(2 u), which costs a compiled CPU kernel a third: what is compiled takes that.
+    """
+    if form == "tanh" and torch.compiler.is_dynamo_compiling():
+        y = x.float()  # under float16 its square may not be finite
+        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
+    return F.gelu(x, approximate="tanh" if form == "tanh" else "none")
+
+
 def mlp_shapes(config: ViTConfig) -> Tree:
     """The shapes of the two dense layers, (D, M) and (M, D)."""
     D, M = config.hidden_size, config.mlp_dim
@@ -109,8 +120,8 @@ def mlp_shapes(config: ViTConfig) -> Tree:
 
 
 def mlp(params: Tree, x: Tensor, config: ViTConfig, key: Tensor | None = None, taps: Tree | None = None) -> Tensor:
-    """Two dense layers around a GELU (Hendrycks and Gimpel, arXiv 1606.08415): (B, N, D) -> (B, N, D)."""
-    x = F.gelu(dense(params["Dense_0"], x), approximate="tanh" if config.gelu == "tanh" else "none")  # (B, N, M)
+    """Two dense layers around a GELU: (B, N, D) -> (B, N, D)."""
+    x = gelu(dense(params["Dense_0"], x), config.gelu)  # (B, N, M)
     if taps is not None:
         taps["activations"] = x
     return dense(params["Dense_1"], dropout(x, config.dropout_rate, key))

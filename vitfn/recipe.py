@@ -70,6 +70,13 @@ def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
         raise InputError(f"--randaugment: found {count},{magnitude}, expected at least 1 operation and 0 to 10")
 
 
+def take(fv: FlagValues, run: dict[str, Any]) -> None:
+    """Gives the flags that were not given the values they had in a run."""
+    for name in fv:
+        if name in run and not fv[name].present:
+            fv[name].value = run[name]
+
+
 def check_eval_crop(fv: FlagValues) -> None:
     """Raises InputError for flags of the evaluation's crop that mean nothing, or a picture without bounds."""
     if 0 < fv.eval_crop < 0.1:
@@ -168,11 +175,16 @@ def remat(fv: FlagValues, row: Device, config: ViTConfig, precision: str, mesh: 
     return chosen or KINDS[-1]
 
 
-def loss(name: str | None, several_labels: bool) -> Loss:
-    """The loss by its flag; softmax does not go with several labels an image."""
+def loss_name(name: str | None, several_labels: bool) -> str:
+    """The loss by its flag, or by the labels; softmax does not go with several an image."""
     if name == "softmax" and several_labels:
         raise InputError("--loss=softmax: the images have several labels, expected sigmoid")
-    return LOSSES[name or ("sigmoid" if several_labels else "softmax")]
+    return name or ("sigmoid" if several_labels else "softmax")
+
+
+def loss(name: str | None, several_labels: bool) -> Loss:
+    """The loss of this name."""
+    return LOSSES[loss_name(name, several_labels)]
 
 
 def augmentation(fv: FlagValues) -> Augmentation:

@@ -1,8 +1,7 @@
-"""The train step and the eval step: functions of (state, batch), compiled as a whole, by block, or not at all."""
+"""The train step: a function of (state, batch), compiled as a whole, by block, or not at all."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +11,17 @@ from vitfn.compile import CompiledStep, compiled, leaf_by_leaf
 from vitfn.config import ViTConfig
 from vitfn.device import Device
 from vitfn.errors import InputError
-from vitfn.gathering import lent
+from vitfn.logits import check, make_logits
 from vitfn.losses import Loss
-from vitfn.meshes import ONE, Cuts, Mesh, like, local
+from vitfn.meshes import ONE, Mesh, like, local
 from vitfn.optim import Optimizer, clipping, together, trained
-from vitfn.remat import KINDS as REMATS
 from vitfn.remat import recomputed
 from vitfn.sums import Sums
 from vitfn.tree import Tree
-from vitfn.vit import dropout_keys, forward, shapes
+from vitfn.vit import dropout_keys, shapes
 
-Classify = Callable[[Tree, Tensor], Tensor]  # the head's parameters and features (B, D or R) -> logits, or their losses
 _LOGITS = 2**23  # numbers of logits that a loss holds at once
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), normalised; labels (B,) int64, or weights of the classes (B, K)
 Metrics = dict[str, Tensor]  # on the device
 
@@ -85,52 +81,6 @@ def grad_and_value(loss: Callable[[Tree], Tensor]) -> Callable[..., tuple[Tree, 
     return function
 
 
-def _fused_block(params, x, config, keys, taps, branches, queries, attended=layers.attended):
-    return layers.block(params, x, config, keys, taps, True, branches, queries, attended)
-
-
-def _attention_recomputing_block(params, x, config, keys, taps, branches, queries):
-    return _fused_block(params, x, config, keys, taps, branches, queries, recomputed(layers.attended))
-
-
-_BLOCKS = {"none": _fused_block, "attention": _attention_recomputing_block, "block": recomputed(_fused_block)}
-
-
-def _make_block(form: str, row: Device, remat: str) -> Callable[..., Tensor]:
-    """The encoder block of all layers. That of the class token alone is never compiled: it is little work."""
-    if form != "block":
-        return _BLOCKS[remat]
-    all_tokens = compiled(_BLOCKS[remat], row)
-
-    def block(params, x, config, keys, taps, branches, queries):
-        return (all_tokens if queries is None else _fused_block)(params, x, config, keys, taps, branches, queries)
-
-    return block
-
-
-def _make_forward(
-    config: ViTConfig, precision: str, form: str, row: Device, mesh: Mesh, remat: str = "none"
-) -> Callable[..., Tensor]:
-    """(params, images, keys) -> logits, float32 after autocast, with one compiled block for all layers if so asked.
-
-    Of parameters that the mesh cuts it takes the parts. `classify` is `vit.forward`'s.
-    """
-    dtype, cuts = PRECISIONS[precision], mesh.cuts(shapes(config), "sharded")
-    block = _make_block(form, row, remat)
-
-    def logits(params: Tree, images: Tensor, keys: Tensor | None = None, classify: Classify = layers.dense) -> Tensor:
-        if dtype is None:
-            return forward(params, images, config, keys, block=block, classify=classify)
-        with torch.autocast(row.name, dtype):
-            return forward(params, images, config, keys, block=block, classify=classify).float()
-
-    def gathering_logits(params: Tree, *arguments: Any) -> Tensor:
-        with lent(params, cuts, mesh, dtype, row.overlaps) as whole:
-            return logits(whole, *arguments)
-
-    return gathering_logits if cuts else logits
-
-
 def _make_losses(logits: Callable[..., Tensor], loss: Loss, smoothing: float, form: str) -> Callable[..., Tensor]:
     """(params, images, labels, keys) -> the losses (B,), without ever holding all logits of many classes."""
 
@@ -148,17 +98,6 @@ def _make_losses(logits: Callable[..., Tensor], loss: Loss, smoothing: float, fo
         return logits(params, images, keys, classify)
 
     return losses
-
-
-def _check(precision: str, compile: str, sharded: Cuts, remat: str = "none") -> None:
-    if precision not in PRECISIONS:
-        raise InputError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if remat not in REMATS:
-        raise InputError(f"remat: found {remat!r}, expected one of {', '.join(REMATS)}")
-    if sharded and compile == "step":
-        raise InputError("compile=step: one graph cannot gather sharded parameters; expected block or off")
-    if remat != "none" and compile == "step":
-        raise InputError(f"compile=step: one graph by torch.func cannot do remat={remat}; expected block or off")
 
 
 def make_train_step(
@@ -203,11 +142,11 @@ def make_train_step(
     ranks, sharded, split = mesh.ranks, *(mesh.cuts(shapes(config), kind) for kind in ("sharded", "optimizer"))
     split = {path: dim for path, dim in split.items() if optimizer.rules.trains(path)}
     cuts = {**sharded, **split}
-    _check(precision, compile, sharded, remat)
+    check(precision, compile, sharded, remat)
     drops = bool(config.dropout_rate or config.attention_dropout_rate or config.stochastic_depth_rate)
 
     def build(form: str, row: Device) -> Callable:
-        logits = _make_forward(config, precision, form, row, mesh, remat)
+        logits = make_logits(config, precision, form, row, mesh, remat)
         losses_of = _make_losses(logits, loss, label_smoothing, form)
         in_place = form != "step" and not sharded  # parts of sharded leaves' sums are there after backward alone
         through = leaf_by_leaf(row) if form == "block" and row.leaf_by_leaf else together
@@ -283,56 +222,5 @@ def make_train_step(
             return TrainState(step, params, opt_state, scales), metrics
 
         return train_step
-
-    return CompiledStep(build, compile, compile_fallback)
-
-
-def make_eval_step(
-    config: ViTConfig,
-    *,
-    precision: str = "float32",
-    compile: str = "auto",
-    compile_fallback: bool = True,
-    loss: Loss = losses.softmax,
-    mesh: Mesh = ONE,
-) -> CompiledStep:
-    """`eval_step(params, (images, labels)) -> metrics`.
-
-    Sums over the batch: `loss`, `correct` and `count`; images labelled -1 are padding and count for nothing, so that a
-    last, partial batch has the shape of the others. For each image: `losses` (B,), and the class `predicted` (B,), its
-    probability `confidence` (B,), and whether the label is among the `top5` (B,). With labels (B, K), of classes that
-    do not exclude each other, `predicted` and `confidence` are (B, K), by the sigmoid, an image is correct where all of
-    its classes are, and there is no `top5`. `precision`, `compile` and `compile_fallback` are as in `make_train_step`.
-    Parameters that the `mesh` shards are a TrainState's; then all ranks call it equally often.
-    """
-    _check(precision, compile, mesh.cuts(shapes(config), "sharded"))
-
-    def build(form: str, row: Device) -> Callable:
-        logits = _make_forward(config, precision, form, row, mesh)
-
-        def measure(params, images, labels):
-            y = logits(params, images)
-            real, known = labels >= 0, labels.clamp(min=0)
-            if labels.ndim == 2:
-                real = real.all(-1)
-                of_each = {"confidence": y.sigmoid(), "predicted": y > 0}
-                right = (of_each["predicted"] == (labels > 0.5)).all(-1)
-            else:
-                predicted, best = y.argmax(-1), y.topk(min(5, y.shape[-1])).indices  # (B,), (B, 5)
-                confidence = y.softmax(-1).gather(-1, predicted[:, None])[:, 0]
-                of_each = {"predicted": predicted, "confidence": confidence, "top5": (best == labels[:, None]).any(-1)}
-                right = predicted == labels
-            each = loss(y, known) * real
-            sums = {"loss": each.sum(), "correct": (right & real).sum(), "count": real.sum()}
-            return {**sums, "losses": each, **of_each}
-
-        if form == "step":
-            measure = compiled(measure, row)
-
-        def eval_step(params: Tree, batch: Batch) -> Metrics:
-            with torch.no_grad():
-                return measure(tree.map(local, params), *batch)
-
-        return eval_step
 
     return CompiledStep(build, compile, compile_fallback)

@@ -36,13 +36,15 @@ from vitfn.data import Files, Split, load
 from vitfn.data.augment import augment, crop
 from vitfn.data.batches import training_batches
 from vitfn.errors import InputError
+from vitfn.eval_step import make_eval_step
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
+from vitfn.logits import PRECISIONS
 from vitfn.meshes import Mesh
 from vitfn.metrics import measures
 from vitfn.parallel import Ranks
 from vitfn.run import RunDirectory
-from vitfn.step import PRECISIONS, Batch, TrainState, grad_and_value, make_eval_step, make_train_step
+from vitfn.step import Batch, TrainState, grad_and_value, make_train_step
 from vitfn.tree import Tree
 
 # Flags that a resumed run may change: where things are, what is shown of them, and what changes no number.
@@ -169,6 +171,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
                     "device": row.name,
                     "precision": precision,
                     "remat": remat,
+                    "loss": recipe.loss_name(fv.loss, dataset.train.labels.ndim == 2),
                     "compile": compiled,
                     "processes": ranks.count,
                     "mesh": f"data={mesh.copies},shard={mesh.shards}",

@@ -12,10 +12,12 @@ from vitfn import device, flops, recipe, train, tree, vit
 from vitfn.compile import CompiledStep
 from vitfn.config import ViTConfig
 from vitfn.data import load
+from vitfn.eval_step import make_eval_step
+from vitfn.logits import PRECISIONS
 from vitfn.meshes import ONE
 from vitfn.optim import Optimizer
 from vitfn.parallel import ALONE
-from vitfn.step import PRECISIONS, Batch, TrainState, make_eval_step, make_train_step
+from vitfn.step import Batch, TrainState, make_train_step
 from vitfn.timing import Call
 from vitfn.tree import Tree
 

@@ -11,9 +11,10 @@ import torch
 
 from vitfn import ViTConfig, meshes, optim, parallel, rng, schedules, tree, vit
 from vitfn.device import DEVICES
+from vitfn.eval_step import make_eval_step
 from vitfn.meshes import local
 from vitfn.parallel import Ranks
-from vitfn.step import TrainState, make_eval_step, make_train_step
+from vitfn.step import TrainState, make_train_step
 
 CONFIG = ViTConfig(
     name="small",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,6 +50,14 @@ def _classes(folder: Path) -> dict[str, list[str]]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{folder}: found no sub-folders, expected one for each class")
+    return images_in(folder, names)
+
+
+def images_in(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """The image files at any depth below each of the sub-folders, sorted; hidden ones are left out.
+
+    Those whose names are not an image's are too, with a warning.
+    """
     found = {name: sorted(_walk(folder / name)) for name in names}
     others = [path for paths in found.values() for path in paths if not path.lower().endswith(SUFFIXES)]
     if others:

@@ -16,6 +16,7 @@ from vitfn.tree import Tree
 
 
 def dense_shapes(inputs: int, outputs: int) -> Tree:
+    """The shapes of a dense layer: kernel (I, O), bias (O,)."""
     return {"kernel": (inputs, outputs), "bias": (outputs,)}
 
 
@@ -30,6 +31,7 @@ def dense(params: Tree, x: Tensor) -> Tensor:
 
 
 def layer_norm_shapes(config: ViTConfig) -> Tree:
+    """The shapes of layer normalisation: scale and bias (D,)."""
     return {"scale": (config.hidden_size,), "bias": (config.hidden_size,)}
 
 
@@ -56,6 +58,7 @@ def branch(x: Tensor, branches: Tensor | None, place: int) -> Tensor:
 
 
 def attention_shapes(config: ViTConfig) -> Tree:
+    """The shapes of query, key and value: kernel (D, H, d), bias (H, d); of out: kernel (H, d, D), bias (D,)."""
     D, H = config.hidden_size, config.num_heads
     project = {"kernel": (D, H, D // H), "bias": (H, D // H)}
     return {
@@ -111,6 +114,7 @@ def gelu(x: Tensor, form: str) -> Tensor:
 
 
 def mlp_shapes(config: ViTConfig) -> Tree:
+    """The shapes of the two dense layers, (D, M) and (M, D)."""
     D, M = config.hidden_size, config.mlp_dim
     return {"Dense_0": dense_shapes(D, M), "Dense_1": dense_shapes(M, D)}
 
@@ -124,6 +128,7 @@ def mlp(params: Tree, x: Tensor, config: ViTConfig, key: Tensor | None = None, t
 
 
 def block_shapes(config: ViTConfig) -> Tree:
+    """The shapes of an encoder block, by the names of Google's files of 2020."""
     return {
         "LayerNorm_0": layer_norm_shapes(config),
         "MultiHeadDotProductAttention_1": attention_shapes(config),
@@ -175,6 +180,7 @@ def block(
 
 
 def map_head_shapes(config: ViTConfig) -> Tree:
+    """The shapes of the pooling head: probe (1, 1, D), attention, layer normalisation, MLP."""
     return {
         "probe": (1, 1, config.hidden_size),
         "MultiHeadDotProductAttention_0": attention_shapes(config),

@@ -27,12 +27,15 @@ class Rules(NamedTuple):
     rates: tuple[tuple[str, float], ...] = ()
 
     def trains(self, path: str) -> bool:
+        """Whether the leaf is trained."""
         return not tree.matches(self.frozen, path)
 
     def decays(self, path: str) -> bool:
+        """Whether weight decay works on the leaf."""
         return tree.matches(self.decayed, path)
 
     def rate(self, path: str) -> float:
+        """The factor of the leaf's learning rate, 1 where no pattern matches."""
         for pattern, factor in self.rates:  # torch 2.7's Dynamo knows no next() with a default
             if tree.matches(pattern, path):
                 return factor

@@ -10,6 +10,7 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def as_float(step: Tensor | int) -> Tensor:
+    """A step as float32: 0-d where it is a number, else of its own shape."""
     return torch.as_tensor(step).to(torch.float32)
 
 

@@ -165,8 +165,9 @@ def forward(
     block: Callable[..., Tensor] = layers.block,
     classify: Callable[..., Tensor] = layers.dense,
 ) -> Tensor:
-    """`apply` with the dropout keys made and the intermediates to be kept in a given dict; `block` may be compiled,
-    and `classify` is `head`'s.
+    """`apply`, (B, C, H, W) -> (B, K), with the dropout `keys` made and intermediates kept in a given dict.
+
+    `block` may be compiled, and `classify` is `head`'s.
 
     With class-token pooling the last block computes queries, output and MLP for that token alone, unless intermediates
     are asked for.

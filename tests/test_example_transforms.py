@@ -139,8 +139,7 @@ def test_a_hessian_vector_product_is_autograd_s_double_backward_and_a_difference
     torch.testing.assert_close(sharpness.hessian_by_differences(loss, x, STEP)(v), differences, rtol=1e-8, atol=1e-9)
 
 
-# torch's layer_norm has a forward derivative that is wrong once it is differentiated itself (pytorch/pytorch#196700):
-# forward over reverse is right, as above, and reverse over reverse. When these pass, docs may recommend them.
+# torch's layer_norm has a forward derivative that is wrong once it is differentiated itself (pytorch/pytorch#196700).
 ORDERS = {
     "reverse over forward": lambda loss, x, v: torch.func.grad(lambda x: sharpness.slope(loss, x, v))(x),
     "forward over forward": lambda loss, x, v: sharpness.slope(lambda x: sharpness.slope(loss, x, v), x, v),
@@ -148,7 +147,6 @@ ORDERS = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="torch's layer_norm, pytorch/pytorch#196700")
 @pytest.mark.parametrize("order", ORDERS)
 def test_second_derivatives_in_other_orders(order):
     x, _, loss = problem(TINY)

@@ -35,9 +35,19 @@ def layer_norm_shapes(config: ViTConfig) -> Tree:
     return {"scale": (config.hidden_size,), "bias": (config.hidden_size,)}
 
 
-def layer_norm(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
-    """Layer normalisation over features (Ba et al., arXiv 1607.06450): (..., D) -> (..., D)."""
-    return F.layer_norm(x, x.shape[-1:], params["scale"], params["bias"], config.layer_norm_eps)
+def layer_norm(params: Tree, x: Tensor, config: ViTConfig, fused: bool = False) -> Tensor:
+    """Layer normalisation over features (Ba et al., arXiv 1607.06450): (..., D) -> (..., D).
+
+    Written out: torch's own, which `fused` takes, has a forward derivative whose derivatives are wrong without a word
+    (pytorch issue 196700). ONNX, which is traced, has an operator for it.
+    """
+    scale, bias = params["scale"], params["bias"]
+    if fused or torch.jit.is_tracing():
+        return F.layer_norm(x, x.shape[-1:], scale, bias, config.layer_norm_eps)
+    y = x.to(torch.promote_types(x.dtype, torch.float32))  # under float16 a square may not be finite
+    y = y - y.mean(-1, keepdim=True)
+    y = y * (y.square().mean(-1, keepdim=True) + config.layer_norm_eps).rsqrt()
+    return (y * scale + bias).to(x.dtype)
 
 
 def dropout(x: Tensor, rate: float, keys: Tensor | None, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -147,7 +157,7 @@ def attended(
     queries: int | None = None,
 ) -> Tensor:
     """The attention branch of the encoder block with its norm: (B, N, D) -> (B, N, D), or (B, queries, D)."""
-    y = layer_norm(params["LayerNorm_0"], x, config)
+    y = layer_norm(params["LayerNorm_0"], x, config, fused)
     asking = None if queries is None else y[:, :queries]
     return attention(params["MultiHeadDotProductAttention_1"], y, config, key, taps, fused, asking)
 
@@ -167,14 +177,14 @@ def block(
 
     `keys` (4, B) draw the dropout masks of the attention weights, the attention's output, the MLP's activations and
     the MLP's output. A dict given as `taps` receives the attention weights (B, H, N, N) and the activations
-    (B, N, M). `fused` takes torch's fused attention, which is faster and has first-order reverse-mode gradients only.
+    (B, N, M). `fused` takes torch's fused attention and layer norm, which are faster and for first-order reverse-mode gradients only.
     `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth). Of so many `queries`, the
     first tokens, the result is (B, queries, D), the same numbers for less work.
     """
     k0, k1, k2, k3 = (None,) * 4 if keys is None else keys
     y = attended(params, x, config, k0, taps, fused, queries)
     x = x[:, :queries] + branch(dropout(y, config.dropout_rate, k1), branches, 0)
-    y = layer_norm(params["LayerNorm_2"], x, config)
+    y = layer_norm(params["LayerNorm_2"], x, config, fused)
     y = mlp(params["MlpBlock_3"], y, config, k2, taps)
     return x + branch(dropout(y, config.dropout_rate, k3), branches, 1)
 

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "vitfn"
-MODULES = ("tree", "rng", "schedules", "losses", "optim", "layers", "vit", "lora", "errors")  # beside what vitfn itself offers
+# beside what vitfn itself offers
+MODULES = ("tree", "rng", "schedules", "losses", "optim", "layers", "vit", "lora", "errors")
 _SPECIAL = ("__init__", "__call__")  # methods that are shown with their class's fields
 
 INTRODUCTION = """# API reference

@@ -177,9 +177,9 @@ def block(
 
     `keys` (4, B) draw the dropout masks of the attention weights, the attention's output, the MLP's activations and
     the MLP's output. A dict given as `taps` receives the attention weights (B, H, N, N) and the activations
-    (B, N, M). `fused` takes torch's fused attention and layer norm, which are faster and for first-order reverse-mode gradients only.
-    `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth). Of so many `queries`, the
-    first tokens, the result is (B, queries, D), the same numbers for less work.
+    (B, N, M). `fused` takes torch's fused attention and layer norm, which are faster, for first-order reverse-mode
+    gradients only. `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth). Of so
+    many `queries`, the first tokens, the result is (B, queries, D), the same numbers for less work.
     """
     k0, k1, k2, k3 = (None,) * 4 if keys is None else keys
     y = attended(params, x, config, k0, taps, fused, queries)

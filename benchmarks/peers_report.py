@@ -180,7 +180,7 @@ def save_plot(records: list[dict], path: Path) -> None:
     figure = Figure(figsize=(7, 0.6 + 2.6 * len(panels)), layout="constrained")
     for axes, members in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.values(), strict=True):
         draw(axes, members)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="upper right", fontsize=8)
     figure.supxlabel("time of a step, divided by vitfn's in the same round: median and quartiles", fontsize=10)
     figure.savefig(path, dpi=160)
 

@@ -69,14 +69,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-3))
 
 
-def assert_same(found: dict, expected: dict, limit: float) -> None:
+def assert_same(found: dict, expected: dict, limit: float, leaves: float = 50) -> None:
     pairs = list(zip(found["curve"], expected["curve"], strict=True))
     assert sum(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs) / len(pairs) <= limit
     assert all(abs(a["grad_norm"] - b["grad_norm"]) <= 100 * limit * b["grad_norm"] for a, b in pairs)
     assert torch.equal(found["predicted"], expected["predicted"])
     assert relative(found["losses"], expected["losses"]) <= 10 * limit
     for path, leaf in expected["final"].items():
-        assert relative(found["final"][path], leaf) <= 50 * limit, path
+        assert relative(found["final"][path], leaf) <= leaves * limit, path
 
 
 def alone_as(alone: dict[str, dict], how: str) -> dict:
@@ -103,7 +103,8 @@ def test_every_placement_makes_the_run_of_one_process(tmp_path, alone, count, tr
 @pytest.mark.slow
 def test_compiled_meshes_make_the_run_of_one_process(tmp_path, alone):
     for name, found in trained(tmp_path, 2, COMPILED).items():
-        assert_same(found, alone_as(alone, COMPILED[name]), 1e-6)
+        # AdamW divides a gradient by its own size: where it is nearly zero, its last bits are a step
+        assert_same(found, alone_as(alone, COMPILED[name]), 1e-6, leaves=500 if "adamw" in name else 50)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -224,7 +223,7 @@ def test_float32_is_as_close_to_float64_as_jax_s_at_full_size(name, limit):
     images = torch.rand(2, 3, 224, 224, generator=generator) * 2 - 1
     exact = vitfn.apply(tree.to(params, torch.float64), images.double(), config)
     assert float((vitfn.apply(params, images, config) - exact).abs().max()) < limit
-    fused = vit.forward(params, images, config, block=partial(vit.layers.block, fused=True))
+    fused = vit.forward(params, images, config, fused=True)
     assert float((fused - exact).abs().max()) < limit
 
 

@@ -119,7 +119,7 @@ def gelu(x: Tensor, form: str) -> Tensor:
     """
     if form == "tanh" and torch.compiler.is_dynamo_compiling():
         y = x.float()  # under float16 its square may not be finite
-        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
+        return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
     return F.gelu(x, approximate="tanh" if form == "tanh" else "none")
 
 
@@ -199,12 +199,12 @@ def map_head_shapes(config: ViTConfig) -> Tree:
     }
 
 
-def map_head(params: Tree, x: Tensor, config: ViTConfig) -> Tensor:
+def map_head(params: Tree, x: Tensor, config: ViTConfig, fused: bool = False) -> Tensor:
     """Multi-head attention pooling (Lee et al., arXiv 1810.00825; Zhai et al., arXiv 2106.04560): (B, N, D) -> (B, D).
 
     A learned probe attends to all tokens; a residual MLP follows. There is no dropout in it.
     """
     probe = params["probe"].expand(len(x), -1, -1)  # (B, 1, D)
-    x = attention(params["MultiHeadDotProductAttention_0"], x, config, queries=probe)  # (B, 1, D)
-    y = mlp(params["MlpBlock_0"], layer_norm(params["LayerNorm_0"], x, config), config)
+    x = attention(params["MultiHeadDotProductAttention_0"], x, config, fused=fused, queries=probe)  # (B, 1, D)
+    y = mlp(params["MlpBlock_0"], layer_norm(params["LayerNorm_0"], x, config, fused), config)
     return (x + y)[:, 0]

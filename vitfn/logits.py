@@ -34,15 +34,15 @@ def check(precision: str, compile: str, sharded: Cuts, remat: str = "none") -> N
         raise InputError(f"compile=step: one graph by torch.func cannot do remat={remat}; expected block or off")
 
 
-def _fused_block(params, x, config, keys, taps, branches, queries, attended=layers.attended):
-    return layers.block(params, x, config, keys, taps, True, branches, queries, attended)
+def _attention_recomputing_block(params, x, config, keys, taps, fused, branches, queries):
+    return layers.block(params, x, config, keys, taps, fused, branches, queries, recomputed(layers.attended))
 
 
-def _attention_recomputing_block(params, x, config, keys, taps, branches, queries):
-    return _fused_block(params, x, config, keys, taps, branches, queries, recomputed(layers.attended))
-
-
-_BLOCKS = {"none": _fused_block, "attention": _attention_recomputing_block, "block": recomputed(_fused_block)}
+_BLOCKS: dict[str, Callable[..., Tensor]] = {
+    "none": layers.block,
+    "attention": _attention_recomputing_block,
+    "block": recomputed(layers.block),
+}
 
 
 def _make_block(form: str, row: Device, remat: str) -> Callable[..., Tensor]:
@@ -51,8 +51,9 @@ def _make_block(form: str, row: Device, remat: str) -> Callable[..., Tensor]:
         return _BLOCKS[remat]
     all_tokens = compiled(_BLOCKS[remat], row)
 
-    def block(params, x, config, keys, taps, branches, queries):
-        return (all_tokens if queries is None else _fused_block)(params, x, config, keys, taps, branches, queries)
+    def block(params: Tree, x: Tensor, *rest: Any) -> Tensor:
+        queries = rest[-1]
+        return (all_tokens if queries is None else layers.block)(params, x, *rest)
 
     return block
 
@@ -70,9 +71,9 @@ def make_logits(
 
     def logits(params: Tree, images: Tensor, keys: Tensor | None = None, classify: Classify = layers.dense) -> Tensor:
         if dtype is None:
-            return forward(params, images, config, keys, block=block, classify=classify)
+            return forward(params, images, config, keys, block=block, classify=classify, fused=True)
         with torch.autocast(row.name, dtype):
-            return forward(params, images, config, keys, block=block, classify=classify).float()
+            return forward(params, images, config, keys, block=block, classify=classify, fused=True).float()
 
     def gathering_logits(params: Tree, *arguments: Any) -> Tensor:
         with lent(params, cuts, mesh, dtype, row.overlaps) as whole:

@@ -119,14 +119,16 @@ def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
     return torch.cat([first.expand(len(x), 1, -1), x + positions], dim=1)
 
 
-def head(params: Tree, x: Tensor, config: ViTConfig, classify: Callable[..., Tensor] = layers.dense) -> Tensor:
+def head(
+    params: Tree, x: Tensor, config: ViTConfig, classify: Callable[..., Tensor] = layers.dense, fused: bool = False
+) -> Tensor:
     """Encoded tokens to logits, equation 4 and the optional tanh layer of section 3.1: (B, N, D) -> (B, K).
 
     Without a head, the pooled features (B, D) or (B, R). `classify` makes something else of the head's parameters and
     these features.
     """
     if config.classifier == "map":
-        x = layers.map_head(params["MAPHead_0"], x, config)  # (B, D)
+        x = layers.map_head(params["MAPHead_0"], x, config, fused)  # (B, D)
     else:
         x = x[:, 0] if config.classifier == "token" else x.mean(dim=1)  # (B, D)
     if config.representation_size:
@@ -164,10 +166,11 @@ def forward(
     captured: Tree | None = None,
     block: Callable[..., Tensor] = layers.block,
     classify: Callable[..., Tensor] = layers.dense,
+    fused: bool = False,
 ) -> Tensor:
     """`apply`, (B, C, H, W) -> (B, K), with the dropout `keys` made and intermediates kept in a given dict.
 
-    `block` may be compiled, and `classify` is `head`'s.
+    `block` may be compiled, `classify` is `head`'s, and `fused` is `layers.block`'s for the whole model.
 
     With class-token pooling the last block computes queries, output and MLP for that token alone, unless intermediates
     are asked for.
@@ -187,15 +190,16 @@ def forward(
             config,
             None if keys is None else keys[i + 1],
             taps,
-            branches=None if branches is None else branches[i],
-            queries=1 if pooled and i == config.num_layers - 1 else None,
+            fused,
+            None if branches is None else branches[i],
+            1 if pooled and i == config.num_layers - 1 else None,
         )
         if taps is not None:
             taps["tokens"] = x
-    x = layers.layer_norm(params["Transformer"]["encoder_norm"], x, config)
+    x = layers.layer_norm(params["Transformer"]["encoder_norm"], x, config, fused)
     if captured is not None:
         captured["encoded"] = x
-    return head(params, x, config, classify)
+    return head(params, x, config, classify, fused)
 
 
 def apply(

@@ -223,7 +223,7 @@ def test_group_norms_are_read_in_both_shapes(tmp_path, shape):
 
 def test_sincos2d_is_its_closed_form():
     config = dataclasses.replace(MODELS["bv_gap_sincos"], image_size=(24, 40))
-    positions = weights.fixed_positions(config)[0].reshape(3, 5, 4, 12).double().numpy()
+    positions = vitfn.vit.sincos2d(config, torch.empty(0))[0].reshape(3, 5, 4, 12).double().numpy()
     omega = 10000.0 ** -(np.arange(12) / 11)
     for row in range(3):
         for column in range(5):

@@ -80,7 +80,7 @@ def test_the_parts_of_the_tokens_add_up_to_the_result(config):
 @pytest.mark.parametrize("config", [SMALL, MAP], ids=["token", "map"])
 def test_the_gradients_are_those_of_a_logit_for_the_weights(config, monkeypatch):
     params, x = tree.to(model(config), torch.float64), images(config, 1).double()
-    weights, gradients, _ = maps.explain(params, x, config, label=4)
+    _, weights, gradients, _ = maps.explain(params, x, config, label=4)
     assert weights.shape == gradients.shape == (3, 1, 3, config.num_tokens, config.num_tokens)
     plain, seen = layers.dropout, []
 
@@ -105,6 +105,16 @@ def test_the_gradients_are_those_of_a_logit_for_the_weights(config, monkeypatch)
     for at in ((0, 0, 1, 2, 3), (1, 0, 2, 0, 5), (2, 0, 0, 0, 1)):
         slope = (nudged(at, 1e-4) - nudged(at, -1e-4)) / 2e-4
         assert float(gradients[at]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_without_a_class_each_image_s_likeliest_is_explained():
+    params, x = model(SMALL), images(SMALL, 3)
+    found = maps.explain(params, x, SMALL)
+    torch.testing.assert_close(found.logits, vitfn.apply(params, x, SMALL), atol=1e-5, rtol=1e-5)
+    assert len(set(found.logits.argmax(-1).tolist())) > 1
+    for i, label in enumerate(found.logits.argmax(-1).tolist()):
+        alone = maps.explain(params, x[i : i + 1], SMALL, label)
+        torch.testing.assert_close(found.gradients[:, i], alone.gradients[:, 0], atol=1e-6, rtol=1e-4)
 
 
 def test_tokens_lie_where_their_patches_do():

@@ -16,7 +16,7 @@ from conftest import NANO, ROOT, SMALL
 from PIL import Image
 
 import vitfn
-from vitfn import labels, predict, train, tree, weights
+from vitfn import attention, labels, predict, train, tree, weights
 from vitfn.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,3 +257,6 @@ def test_a_run_predicts_with_its_own_names_crop_and_loss(tmp_path, monkeypatch, 
     wanted = vitfn.apply(params, images, config).sigmoid()[0]
     for guess in row["classes"]:
         assert guess["probability"] == pytest.approx(float(wanted[guess["label"]]), abs=1e-5)
+    assert attention.main(["attention", "output/run", str(photos / "a.png")]) == 0
+    likeliest = row["classes"][0]
+    assert f"{likeliest['probability']:>12.2%} {likeliest['class']}\n" in capsys.readouterr().out

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from absl.flags import FlagValues
+from torch import Tensor
 
 from vitfn import attention_figures as drawn
 from vitfn import figures, flags, maps, page, recipe, weights
@@ -20,6 +20,7 @@ from vitfn.config import ViTConfig
 from vitfn.data.augment import normalise
 from vitfn.data.images import decode
 from vitfn.errors import InputError, printable
+from vitfn.eval_step import probabilities
 from vitfn.predict import Guess, classifier, likeliest
 from vitfn.tree import Tree
 
@@ -38,20 +39,19 @@ def main(argv: list[str]) -> int:
 def command(fv: FlagValues, model: str, image: str) -> None:
     """The command."""
     figures.blank(1)  # matplotlib is there
-    path, _, config, names = classifier(fv, model)
+    path, config, names, multi_label = classifier(fv, model)
     if fv.class_name is not None and fv.class_name not in names:
         some = ", ".join(names[:_SHOWN])
         raise InputError(f"--class_name: found {fv.class_name!r}, expected one of {len(names):,}: {some}, ...")
     pixels = recipe.fit_for_evaluation(fv, config)(decode(image, config.channels)[None])  # (1, C, H, W)
     params = weights.load(path)
-    with torch.no_grad():
-        logits, _, _ = maps.attend(params, normalise(pixels, config), config)
-    guesses = likeliest(logits[0].softmax(-1), names, _SHOWN)
-    label = guesses[0].label if fv.class_name is None else names.index(fv.class_name)
+    label = None if fv.class_name is None else names.index(fv.class_name)
+    found = maps.explain(params, normalise(pixels, config), config, label)
+    guesses = likeliest(probabilities(found.logits[0], multi_label), names, _SHOWN)
     out = Path(fv.out)
     out.mkdir(parents=True, exist_ok=True)
     body = [_guesses(guesses)]
-    for file, title, text, figure in pictures(params, pixels, config, label, names[label]):
+    for file, title, text, figure in pictures(params, pixels[0], config, found, fv.class_name or guesses[0].name):
         figures.save(figure, out / file)
         address = figures.png_uri((out / file).read_bytes())
         body.append(
@@ -75,12 +75,15 @@ def _guesses(guesses: list[Guess]) -> str:
 
 
 def pictures(
-    params: Tree, pixels: torch.Tensor, config: ViTConfig, label: int, name: str
+    params: Tree, image: Tensor, config: ViTConfig, found: maps.Explained, name: str
 ) -> Iterator[tuple[str, str, str, "Figure"]]:
-    """Each picture's file name, title, explanation and figure, for an image's pixels (1, C, H, W), 0 to 255."""
-    found, gradients, part = maps.explain(params, normalise(pixels, config), config, label)  # (L, 1, H, N, N)
-    image, part = pixels[0], part[:, None]  # (1, 1, N)
-    of_image = maps.on_grid((part @ maps.rollout(found))[0, 0], config)  # (h, w)
+    """Each picture's file name, title, explanation and figure, for an image's pixels (C, H, W), 0 to 255.
+
+    `found` is that image's alone, for the class of this name.
+    """
+    _, seen, gradients, part = found  # (1, K), twice (L, 1, H, N, N), (1, N)
+    part = part[:, None]  # (1, 1, N)
+    of_image = maps.on_grid((part @ maps.rollout(seen))[0, 0], config)  # (h, w)
     yield (
         "rollout.png",
         "Attention rollout",
@@ -88,14 +91,14 @@ def pictures(
         "alone (Abnar and Zuidema, 2020), whatever the class.",
         drawn.overlay_figure(image, of_image, "attention rollout"),
     )
-    of_class = maps.on_grid((part @ maps.relevance(found, gradients))[0, 0], config)
+    of_class = maps.on_grid((part @ maps.relevance(seen, gradients))[0, 0], config)
     yield (
         "relevance.png",
         f"What speaks for {printable(name)}",
         "Attention weighted by the gradient of this class's logit (Chefer et al., 2021).",
         drawn.overlay_figure(image, of_class, f"relevance for {printable(name)}"),
     )
-    of_heads = maps.on_grid((part @ found[:, 0])[:, :, 0], config)  # (L, H, h, w)
+    of_heads = maps.on_grid((part @ seen[:, 0])[:, :, 0], config)  # (L, H, h, w)
     yield (
         "layers.png",
         "Attention by block",
@@ -112,7 +115,7 @@ def pictures(
         "distances.png",
         "How far heads look",
         "Mean distance between a patch and those it attends to in this image, a point for each head.",
-        drawn.distances_figure(maps.distances(found, config)),
+        drawn.distances_figure(maps.distances(seen, config)),
     )
     yield (
         "positions.png",

@@ -68,6 +68,11 @@ def make_eval_step(
     return CompiledStep(build, compile, compile_fallback)
 
 
+def probabilities(logits: Tensor, multi_label: bool) -> Tensor:
+    """Of the classes, by softmax, or by the sigmoid where they do not exclude each other: (..., K) -> (..., K)."""
+    return logits.sigmoid() if multi_label else logits.softmax(-1)
+
+
 def make_predict_step(
     config: ViTConfig,
     *,
@@ -78,24 +83,23 @@ def make_predict_step(
 ) -> CompiledStep:
     """`predict_step(params, (images,)) -> probabilities` of the classes: (B, C, H, W), normalised, -> (B, K) float32.
 
-    By softmax, or for `multi_label` models, whose classes do not exclude each other, by the sigmoid. `precision`,
-    `compile` and `compile_fallback` are as in `make_train_step`.
+    `multi_label` is for models whose classes do not exclude each other. `precision`, `compile` and `compile_fallback`
+    are as in `make_train_step`.
     """
     check(precision, compile, {})
 
     def build(form: str, row: Device) -> Callable:
         logits = make_logits(config, precision, form, row, ONE)
 
-        def probabilities(params: Tree, images: Tensor) -> Tensor:
-            y = logits(params, images)
-            return y.sigmoid() if multi_label else y.softmax(-1)
+        def of_images(params: Tree, images: Tensor) -> Tensor:
+            return probabilities(logits(params, images), multi_label)
 
         if form == "step":
-            probabilities = compiled(probabilities, row)
+            of_images = compiled(of_images, row)
 
         def predict_step(params: Tree, batch: tuple[Tensor]) -> Tensor:
             with torch.no_grad():
-                return probabilities(params, *batch)
+                return of_images(params, *batch)
 
         return predict_step
 

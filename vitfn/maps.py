@@ -3,13 +3,15 @@
 B batch, L layers, H heads, N tokens, D hidden size, (h, w) the grid of patches, P patch size, C channels.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from vitfn import layers
 from vitfn.config import ViTConfig
 from vitfn.tree import Tree
-from vitfn.vit import apply, sincos2d
+from vitfn.vit import apply, positions
 
 
 def rollout(weights: Tensor) -> Tensor:
@@ -58,15 +60,22 @@ def attend(params: Tree, images: Tensor, config: ViTConfig) -> tuple[Tensor, tup
     return logits, tuple(found.values()), part
 
 
-def explain(params: Tree, images: Tensor, config: ViTConfig, label: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights, the gradients for them of the logits of class `label` (both (L, B, H, N, N)), and the parts (B, N).
+class Explained(NamedTuple):
+    """What `attend` finds, and the gradients of a class's logits for the attention weights."""
 
-    As `attend` has them.
-    """
+    logits: Tensor  # (B, K)
+    weights: Tensor  # (L, B, H, N, N)
+    gradients: Tensor  # (L, B, H, N, N)
+    part: Tensor  # (B, N)
+
+
+def explain(params: Tree, images: Tensor, config: ViTConfig, label: int | None = None) -> Explained:
+    """The attention behind the logits of class `label`, by default of each image's likeliest."""
     with torch.enable_grad():
         logits, weights, part = attend(params, images.detach().requires_grad_(), config)
-        gradients = torch.autograd.grad(logits[:, label].sum(), weights)
-    return torch.stack(weights).detach(), torch.stack(gradients), part.detach()
+        of_class = logits.amax(-1) if label is None else logits[:, label]  # (B,)
+        gradients = torch.autograd.grad(of_class.sum(), weights)
+    return Explained(logits.detach(), torch.stack(weights).detach(), torch.stack(gradients), part.detach())
 
 
 def on_grid(of_tokens: Tensor, config: ViTConfig) -> Tensor:
@@ -90,12 +99,9 @@ def distances(weights: Tensor, config: ViTConfig) -> Tensor:
 
 def position_similarity(params: Tree, config: ViTConfig) -> Tensor:
     """Cosine similarity of each patch's position embedding with all others': (h, w, h, w), -1 to 1."""
-    if config.posemb == "learn":
-        positions = params["Transformer"]["posembed_input"]["pos_embedding"]  # (1, N, D)
-    else:
-        positions = sincos2d(config, torch.empty(0))
     h, w = config.grid
-    unit = torch.nn.functional.normalize(positions[0, -h * w :], dim=-1)
+    places = positions(params, config, torch.empty(0))[0, -h * w :]  # (h w, D)
+    unit = torch.nn.functional.normalize(places, dim=-1)
     return (unit @ unit.T).unflatten(1, (h, w)).unflatten(0, (h, w))
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from absl.flags import FlagValues
@@ -124,20 +124,30 @@ def _not_compiled(fv: FlagValues) -> None:
     fv.set_default("compile", "off")
 
 
-def classifier(fv: FlagValues, model: str) -> tuple[str, dict[str, Any], ViTConfig, tuple[str, ...]]:
-    """MODEL's file, the flags of its run, which decide on the crop unless it is given, its config and its classes."""
+class Classifier(NamedTuple):
+    """MODEL's file, what is in it, and whether its classes do not exclude each other, as its run says."""
+
+    path: str
+    config: ViTConfig
+    names: tuple[str, ...]
+    multi_label: bool
+
+
+def classifier(fv: FlagValues, model: str) -> Classifier:
+    """The classifier MODEL, whose run's flags decide on the crop unless they are given."""
     path, run = weights.find(model)
     recipe.take(fv, {name: run[name] for name in ("eval_crop", "eval_interpolation") if name in run})
     recipe.check_eval_crop(fv)
     described = weights.describe(path)
     if not described.config.num_classes:
         raise InputError(f"{path}: found a model without a head, expected one that tells classes apart")
-    return path, run, described.config, labels.class_names(described, path, fv.labels)
+    names = labels.class_names(described, path, fv.labels)
+    return Classifier(path, described.config, names, run.get("resolved", {}).get("loss") == "sigmoid")
 
 
 def command(fv: FlagValues, model: str, *images: str) -> int:
     """The command."""
-    path, run, config, names = classifier(fv, model)
+    path, config, names, multi_label = classifier(fv, model)
     paths = image_files(images)
     row = device.find(fv.device)
     predict_step = make_predict_step(
@@ -145,7 +155,7 @@ def command(fv: FlagValues, model: str, *images: str) -> int:
         precision=device.resolved_precision(row, fv.precision),
         compile=fv.compile,
         compile_fallback=fv.compile_fallback,
-        multi_label=run.get("resolved", {}).get("loss") == "sigmoid",
+        multi_label=multi_label,
     )
     params = tree.to(weights.load(path), row.name)
     shown: dict[str, Callable[..., str]] = {

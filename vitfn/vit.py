@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -85,13 +86,24 @@ def init(config: ViTConfig, seed: int = 0, place: Callable[[str, Tensor], Tensor
 
 
 def sincos2d(config: ViTConfig, like: Tensor) -> Tensor:
-    """Fixed sine and cosine position embeddings of MoCo v3 (arXiv 2104.02057) and big_vision: (1, N, D)."""
+    """Fixed sine and cosine position embeddings of MoCo v3 (arXiv 2104.02057) and big_vision: (1, N, D).
+
+    Zeros for a class token.
+    """
     quarter = config.hidden_size // 4
     omega = 10000.0 ** -(torch.arange(quarter, device=like.device, dtype=torch.float32) / (quarter - 1))
     rows, columns = (torch.arange(n, device=like.device, dtype=torch.float32) for n in config.grid)
     y = (rows[:, None] * omega).repeat_interleave(len(columns), 0)  # (N, D / 4)
     x = (columns[:, None] * omega).repeat(len(rows), 1)
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].to(like.dtype)
+    of_patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
+    return F.pad(of_patches, (0, 0, int(config.classifier == "token"), 0)).to(like.dtype)
+
+
+def positions(params: Tree, config: ViTConfig, like: Tensor) -> Tensor:
+    """The position embeddings, a class token's first: learned, or fixed ones, placed like `like`: (1, N, D)."""
+    if config.posemb == "sincos2d":
+        return sincos2d(config, like)
+    return params["Transformer"]["posembed_input"]["pos_embedding"]
 
 
 def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
@@ -106,17 +118,12 @@ def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
     patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=P, q=P)  # (B, N, P P C)
     kernel = params["embedding"]["kernel"].flatten(0, 2)  # (P P C, D)
     x = layers.dense({"kernel": kernel, "bias": params["embedding"]["bias"]}, patches)  # (B, N, D)
-    learned = config.posemb == "learn"
-    positions = (
-        params["Transformer"]["posembed_input"]["pos_embedding"] if learned else sincos2d(config, x)
-    )  # (1, N, D)
+    places = positions(params, config, x)  # (1, N, D)
     if config.classifier != "token":
-        return x + positions
+        return x + places
     # the class token is added to its position before it is copied for each image: gradients that share no memory
-    first = params["cls"].to(x.dtype)  # (1, 1, D)
-    if learned:
-        first, positions = first + positions[:, :1], positions[:, 1:]
-    return torch.cat([first.expand(len(x), 1, -1), x + positions], dim=1)
+    first = params["cls"].to(x.dtype) + places[:, :1]  # (1, 1, D)
+    return torch.cat([first.expand(len(x), 1, -1), x + places[:, 1:]], dim=1)
 
 
 def head(

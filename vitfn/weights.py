@@ -152,7 +152,7 @@ def save_leaves(
     elif chosen not in google.LAYOUTS:
         raise InputError(f"layout={layout}: found no config, expected one, which other people's names depend on")
     if config and config.posemb == "sincos2d" and chosen not in google.LAYOUTS:
-        flat[POSITIONS] = fixed_positions(config)
+        flat[POSITIONS] = sincos2d(config, torch.empty(0))
         config = dataclasses.replace(config, posemb="learn")
     arrays = stored(flat, config or ViTConfig(), chosen, prefix if filename != os.fspath(path) else chosen.prefix)
     if writes:
@@ -206,13 +206,6 @@ def _joined(
     for own, paths in groups.items():
         parts = [layout.store(path, flat[path]) for path in paths]
         yield prefix + own, torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def fixed_positions(config: ViTConfig) -> Tensor:
-    """The sincos2d positions as learned ones would be stored, with zeros for a class token: (1, N, D)."""
-    positions = sincos2d(config, torch.empty(0))
-    slot = torch.zeros(1, config.num_tokens - positions.shape[1], config.hidden_size)
-    return torch.cat([slot, positions], dim=1)
 
 
 def load_npz(path: str | os.PathLike, config: ViTConfig | None = None) -> Tree:

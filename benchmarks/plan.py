@@ -63,13 +63,18 @@ def gigabytes(*sizes: float) -> str:
     return " / ".join(dict.fromkeys(f"{size / 1e9:.3g}" for size in sizes))
 
 
+def of_one_more(config: ViTConfig, half: bool, remat: str) -> int:
+    """Bytes of activations that an image adds."""
+    return plan.activations(config, 2, half, remat) - plan.activations(config, 1, half, remat)
+
+
 def tables() -> str:
     """The tables of docs/scaling.md."""
     configs, both, found, rows = {name: get_config(name, dropout_rate=0) for name in MODELS}, (False, True), [], []
     for name, config in configs.items():
         size = plan.parameter_bytes(config)
         sizes = [gigabytes(part) for part in (size, plan.STATE["adamw"] * size, plan.block_bytes(config))]
-        kept = [" / ".join(f"{plan.activations(config, 1, half, r) / 1e6:.0f}" for r in KINDS) for half in both]
+        kept = [" / ".join(f"{of_one_more(config, half, remat) / 1e6:.0f}" for remat in KINDS) for half in both]
         copies = " / ".join(gigabytes(plan.kernel_copies(config, remat)) for remat in KINDS)
         rows.append([name, f"{size / 4e6:.1f}", *sizes, *kept, copies])
     title = f"A model on one device, in GB. Where three numbers stand: `--remat={' / '.join(KINDS)}`."

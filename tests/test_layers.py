@@ -76,6 +76,17 @@ def test_attention_is_its_formula(fused):
     np.testing.assert_allclose(layers.attention(params, x, CONFIG, fused=fused).numpy(), expected, rtol=1e-9)
 
 
+def test_attention_pooling_is_attention_of_one_query():
+    params, x = random_params(layers.attention_shapes(CONFIG)), random_input(B, N, D)
+    expected = numpy_attention(as_numpy(params), x.numpy())
+    for place in range(N):
+        found = layers.attention_pooling(params, x, x[:, place], CONFIG)
+        np.testing.assert_allclose(found.numpy(), expected[:, place], rtol=1e-9)
+    one_for_all = layers.attention_pooling(params, x, x[:1, 0], CONFIG)
+    each = layers.attention_pooling(params, x, x[:1, 0].expand(B, -1), CONFIG)
+    torch.testing.assert_close(one_for_all, each)
+
+
 @pytest.mark.parametrize("kind", ["tanh", "erf"])
 def test_mlp_is_its_formula(kind):
     config = dataclasses.replace(CONFIG, gelu=kind)
@@ -102,6 +113,31 @@ def test_block_gradients_are_finite_differences(fused):
         return layers.block(tree.unflatten(dict(zip(flat, values, strict=True))), x, CONFIG, fused=fused)
 
     assert gradcheck(function, (x.requires_grad_(), *flat.values()), fast_mode=True)
+
+
+DROPPING = {"dropout_rate": 0.3, "attention_dropout_rate": 0.3}
+
+
+@pytest.mark.parametrize("rates", [{}, DROPPING], ids=["", "dropout"])
+def test_a_pooled_block_is_the_first_token_s_and_so_are_its_gradients(rates):
+    """The same masks, weights and gradients, and these lie as the parameters do."""
+    config = dataclasses.replace(CONFIG, **rates)
+    params, x = random_params(layers.block_shapes(CONFIG)), random_input(B, N, D)
+    keys = torch.arange(4 * B).reshape(4, B) * 1_000_003
+    weights = random_input(B, 1, D)
+
+    def pulled(pooled: bool):
+        leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+        tokens, taps = x.clone().requires_grad_(), {}
+        y = layers.block(leaves, tokens, config, keys, taps, branches=FACTORS[:, :B] + 1, pooled=pooled)[:, :1]
+        (y * weights).sum().backward()
+        return y, taps["weights"][:, :, :1], tokens.grad, tree.map(lambda leaf: leaf.grad, leaves)
+
+    (*found, leaves), (*expected, whole) = pulled(True), pulled(False)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    whole["MultiHeadDotProductAttention_1"]["key"]["bias"] = leaves["MultiHeadDotProductAttention_1"]["key"]["bias"]
+    torch.testing.assert_close(leaves, whole, rtol=1e-9, atol=1e-11)
+    assert all(leaf.is_contiguous() for leaf in tree.leaves(leaves) if leaf is not None)
 
 
 def test_a_key_s_bias_changes_nothing():

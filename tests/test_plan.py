@@ -100,8 +100,9 @@ def counted_step(config, size, optimizer="sgd", precision="float32", remat="none
 
 def kept_eagerly(config, size: int, half: bool, remat: str) -> int:
     """What the plan says is kept at the end of forward, less what of the last block an eager step recomputes."""
-    again = {"none": 0, "attention": plan.attention_activations, "block": plan.block_activations}[remat]
-    return plan.kept(config, size, half, remat)[0] - (again(config, size, half, 1) if again else 0)
+    again = plan.pooling_activations(config, size, half) if remat != "none" else 0
+    again += plan.mlp_activations(config, size, half, 1) if remat == "block" else 0
+    return plan.kept(config, size, half, remat)[0] - again
 
 
 def test_the_counter_counts_each_storage_once_and_while_it_lives():

@@ -14,31 +14,31 @@ def forward_flops(config: ViTConfig) -> int:
     These are the model's, by which MFU is defined (Chowdhery et al., arXiv 2204.02311, appendix B), however it is
     computed: see `needed_flops`.
     """
-    return 2 * sum(_multiplications(config, config.num_tokens))
+    return 2 * sum(_multiplications(config, needed=False))
 
 
 def needed_flops(config: ViTConfig, training: bool = False) -> int:
     """The operations of one image that are left to do: a forward pass, or with `training` a backward pass as well.
 
-    In the last block nothing but the class token needs queries, output projection and MLP, where it is what the head
-    sees; and images get no gradient. What a backward pass computes again (fused attention's scores) is not counted.
+    Where one query is left, the class token's in the last block or a pooling head's, no keys and values are made, and
+    the rest is of that token; images get no gradient. What a batch needs once (a probe's query) and what a backward
+    pass computes again (fused attention's scores) is not counted.
     """
-    embedding, rest = _multiplications(config, 1 if config.classifier == "token" else config.num_tokens)
+    embedding, rest = _multiplications(config, needed=True)
     return 2 * (2 * embedding + 3 * rest if training else embedding + rest)
 
 
-def _multiplications(config: ViTConfig, last: int) -> tuple[int, int]:
-    """Of the patch embedding, and of all else, with so many tokens that the last block computes."""
+def _multiplications(config: ViTConfig, needed: bool) -> tuple[int, int]:
+    """Of the patch embedding, and of all else."""
     N, D, M, (rows, columns) = config.num_tokens, config.hidden_size, config.mlp_dim, config.grid
     inputs = config.patch_size**2 * (config.resnet.features if config.resnet else config.channels)
-
-    def block(tokens: int) -> int:
-        return 2 * N * D * D + tokens * (2 * D * D + 2 * D * M + 2 * N * D)  # keys and values are of all
-
+    block = N * (4 * D * D + 2 * D * M + 2 * N * D)
+    one_query = 2 * D * D + 2 * D * M + 2 * N * D * config.num_heads
     head = (config.representation_size or D) * config.num_classes + D * (config.representation_size or 0)
-    if config.classifier == "map":  # keys and values of all tokens, one query
-        head += 2 * N * D * D + 2 * N * D + 2 * D * D + 2 * D * M
-    return rows * columns * inputs * D, (config.num_layers - 1) * block(N) + block(last) + head
+    if config.classifier == "map":
+        head += one_query if needed else 2 * N * D * D + 2 * N * D + 2 * D * D + 2 * D * M
+    last = one_query + 2 * D * D if needed and config.classifier == "token" else block
+    return rows * columns * inputs * D, (config.num_layers - 1) * block + last + head
 
 
 def measured_peak(device: torch.device | str, dtype: torch.dtype) -> float:

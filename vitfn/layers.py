@@ -86,19 +86,17 @@ def attention(
     key: Tensor | None = None,
     taps: Tree | None = None,
     fused: bool = False,
-    queries: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V (appendix A of arXiv 2010.11929): (B, N, D) -> (B, N, D).
 
-    With `queries` (B, Q, D) these attend to the tokens `x`, and the result is (B, Q, D). The key's bias is never added:
-    it moves all scores of a query by the same amount, which softmax takes away again.
+    The key's bias is never added: it moves all scores of a query by the same amount, which softmax takes away again.
     """
 
     def heads(y: Tensor) -> Tensor:  # (B, N, H d) -> (B, H, N, d)
         return y.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
 
     query, value, out = params["query"], params["value"], params["out"]
-    q = heads(affine(x if queries is None else queries, query["kernel"].flatten(1), query["bias"].flatten()))
+    q = heads(affine(x, query["kernel"].flatten(1), query["bias"].flatten()))
     k = heads(x @ params["key"]["kernel"].flatten(1))
     v = heads(affine(x, value["kernel"].flatten(1), value["bias"].flatten()))
     if fused and taps is None and (key is None or config.attention_dropout_rate == 0):
@@ -110,6 +108,34 @@ def attention(
         N = x.shape[1]
         y = dropout(weights, config.attention_dropout_rate, key, (config.num_heads, N, N)).to(v.dtype) @ v
     return affine(y.transpose(1, 2).flatten(2), out["kernel"].flatten(0, 1), out["bias"])  # (B, N, D)
+
+
+def attention_pooling(
+    params: Tree, x: Tensor, query: Tensor, config: ViTConfig, key: Tensor | None = None, taps: Tree | None = None
+) -> Tensor:
+    """What one query an image (B, D), or one for all (1, D), sees of the tokens x: (B, N, D) -> (B, D).
+
+    Attention's numbers for less work, since no token's key or value is computed: q (W_k x) = (q W_k) x, and the sum of
+    weighted values is W_v times the weighted sum.
+    """
+
+    def by_head(kernel: Tensor) -> Tensor:  # (D, H, d) -> (H, D, d), with gradients that lie as the kernel does
+        return torch.stack(kernel.unbind(1))
+
+    H, N = config.num_heads, x.shape[1]
+    ask, value, out = params["query"], params["value"], params["out"]
+    q = affine(query, ask["kernel"].flatten(1), ask["bias"].flatten())  # (B, D)
+    q = q.unflatten(1, (H, -1)).transpose(0, 1) / math.sqrt(q.shape[1] // H)  # (H, B, d)
+    asked = (q @ by_head(params["key"]["kernel"]).mT).transpose(0, 1)  # (B, H, D)
+    weights = (asked @ x.mT).softmax(-1)[:, :, None]  # (B, H, 1, N)
+    if taps is not None:
+        taps["weights"] = weights
+    kept = dropout(weights, config.attention_dropout_rate, key, (H, N, N))[:, :, 0]  # (B, H, N)
+    seen = (kept.to(x.dtype) @ x).transpose(0, 1)  # (H, B, D)
+    y = (seen @ by_head(value["kernel"])).transpose(0, 1)  # (B, H, d)
+    dropping = key is not None and config.attention_dropout_rate > 0
+    y = y + value["bias"] * (kept.sum(-1, keepdim=True) if dropping else 1)  # what all weights add up to
+    return affine(y.flatten(1), out["kernel"].flatten(0, 1), out["bias"])
 
 
 def gelu(x: Tensor, form: str) -> Tensor:
@@ -154,12 +180,13 @@ def attended(
     key: Tensor | None = None,
     taps: Tree | None = None,
     fused: bool = False,
-    queries: int | None = None,
+    pooled: bool = False,
 ) -> Tensor:
-    """The attention branch of the encoder block with its norm: (B, N, D) -> (B, N, D), or (B, queries, D)."""
+    """The attention branch of the encoder block with its norm: (B, N, D) -> (B, N, D), or `pooled` (B, 1, D)."""
     y = layer_norm(params["LayerNorm_0"], x, config, fused)
-    asking = None if queries is None else y[:, :queries]
-    return attention(params["MultiHeadDotProductAttention_1"], y, config, key, taps, fused, asking)
+    if pooled:
+        return attention_pooling(params["MultiHeadDotProductAttention_1"], y, y[:, 0], config, key, taps)[:, None]
+    return attention(params["MultiHeadDotProductAttention_1"], y, config, key, taps, fused)
 
 
 def block(
@@ -170,7 +197,7 @@ def block(
     taps: Tree | None = None,
     fused: bool = False,
     branches: Tensor | None = None,
-    queries: int | None = None,
+    pooled: bool = False,
     attended: Callable[..., Tensor] = attended,
 ) -> Tensor:
     """The pre-norm encoder block, equations 2 and 3 of arXiv 2010.11929: (B, N, D) -> (B, N, D).
@@ -178,12 +205,12 @@ def block(
     `keys` (4, B) draw the dropout masks of the attention weights, the attention's output, the MLP's activations and
     the MLP's output. A dict given as `taps` receives the attention weights (B, H, N, N) and the activations
     (B, N, M). `fused` takes torch's fused attention and layer norm, which are faster, for first-order reverse-mode
-    gradients only. `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth). Of so
-    many `queries`, the first tokens, the result is (B, queries, D), the same numbers for less work.
+    gradients only. `branches` (2, B) multiplies what attention and MLP add to each sample (stochastic depth). `pooled`,
+    the result is of the first token alone, (B, 1, D), and as little is computed.
     """
     k0, k1, k2, k3 = (None,) * 4 if keys is None else keys
-    y = attended(params, x, config, k0, taps, fused, queries)
-    x = x[:, :queries] + branch(dropout(y, config.dropout_rate, k1), branches, 0)
+    y = attended(params, x, config, k0, taps, fused, pooled)
+    x = (x[:, :1] if pooled else x) + branch(dropout(y, config.dropout_rate, k1), branches, 0)
     y = layer_norm(params["LayerNorm_2"], x, config, fused)
     y = mlp(params["MlpBlock_3"], y, config, k2, taps)
     return x + branch(dropout(y, config.dropout_rate, k3), branches, 1)
@@ -204,7 +231,6 @@ def map_head(params: Tree, x: Tensor, config: ViTConfig, fused: bool = False) ->
 
     A learned probe attends to all tokens; a residual MLP follows. There is no dropout in it.
     """
-    probe = params["probe"].expand(len(x), -1, -1)  # (B, 1, D)
-    x = attention(params["MultiHeadDotProductAttention_0"], x, config, fused=fused, queries=probe)  # (B, 1, D)
+    x = attention_pooling(params["MultiHeadDotProductAttention_0"], x, params["probe"][0], config)  # (B, D)
     y = mlp(params["MlpBlock_0"], layer_norm(params["LayerNorm_0"], x, config, fused), config)
-    return (x + y)[:, 0]
+    return x + y

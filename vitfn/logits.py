@@ -34,8 +34,8 @@ def check(precision: str, compile: str, sharded: Cuts, remat: str = "none") -> N
         raise InputError(f"compile=step: one graph by torch.func cannot do remat={remat}; expected block or off")
 
 
-def _attention_recomputing_block(params, x, config, keys, taps, fused, branches, queries):
-    return layers.block(params, x, config, keys, taps, fused, branches, queries, recomputed(layers.attended))
+def _attention_recomputing_block(params, x, config, keys, taps, fused, branches, pooled):
+    return layers.block(params, x, config, keys, taps, fused, branches, pooled, recomputed(layers.attended))
 
 
 _BLOCKS: dict[str, Callable[..., Tensor]] = {
@@ -52,8 +52,8 @@ def _make_block(form: str, row: Device, remat: str) -> Callable[..., Tensor]:
     all_tokens = compiled(_BLOCKS[remat], row)
 
     def block(params: Tree, x: Tensor, *rest: Any) -> Tensor:
-        queries = rest[-1]
-        return (all_tokens if queries is None else layers.block)(params, x, *rest)
+        pooled = rest[-1]
+        return (layers.block if pooled else all_tokens)(params, x, *rest)
 
     return block
 

@@ -47,10 +47,8 @@ def attend(params: Tree, images: Tensor, config: ViTConfig) -> tuple[Tensor, tup
     encoded = found.pop("encoded")  # (B, N, D)
     if config.classifier == "map":
         taps: Tree = {}
-        probe = params["MAPHead_0"]["probe"].expand(len(encoded), -1, -1)  # (B, 1, D)
-        layers.attention(
-            params["MAPHead_0"]["MultiHeadDotProductAttention_0"], encoded, config, taps=taps, queries=probe
-        )
+        head = params["MAPHead_0"]
+        layers.attention_pooling(head["MultiHeadDotProductAttention_0"], encoded, head["probe"][0], config, taps=taps)
         part = taps["weights"].mean(1)[:, 0]  # (B, N)
     elif config.classifier == "gap":
         part = torch.full_like(encoded[..., 0], 1 / encoded.shape[1])

@@ -1,7 +1,7 @@
 """What a training step needs of a device's memory, from the config alone: sizes are bytes, and nothing is allocated.
 
 docs/scaling.md explains the model and says what it was checked against. B images, N tokens, D hidden size, M the MLP's
-width, H heads, Q the tokens that ask: all, or the class token in the last block.
+width, H heads.
 """
 
 import functools
@@ -55,31 +55,37 @@ def together_bytes(config: ViTConfig) -> int:
     return max(sum(sizes[i : i + _AT_ONCE]) for i in range(0, len(sizes), _AT_ONCE))
 
 
-def attention_activations(config: ViTConfig, batch: int, half: bool, queries: int | None = None) -> int:
+def attention_activations(config: ViTConfig, batch: int, half: bool) -> int:
     """What autograd keeps of a block's attention with its norm, beside its input, where attention is fused.
 
-    The norm's output, its means and deviations, key and value of N tokens; query, output and logsumexp of Q. Under
-    autocast query, key and value each keep a copy of the norm's output.
+    The norm's output, its means and deviations, query, key, value, output and logsumexp. Under autocast query, key and
+    value each keep a copy of the norm's output.
     """
-    D, N = config.hidden_size, config.num_tokens
-    Q = queries or N
-    numbers = (4 * N + 3 * Q) * D * _HALF if half else (3 * N + 2 * Q) * D * _FLOAT
-    return batch * (numbers + (2 * N + config.num_heads * Q) * _FLOAT)
+    D, N, H = config.hidden_size, config.num_tokens, config.num_heads
+    return batch * N * ((7 * D * _HALF if half else 5 * D * _FLOAT) + (2 + H) * _FLOAT)
 
 
-def mlp_activations(config: ViTConfig, batch: int, half: bool, queries: int | None = None) -> int:
+def pooling_activations(config: ViTConfig, batch: int, half: bool) -> int:
+    """What autograd keeps of the attention of one query an image, with the norm before it, beside that one's input.
+
+    The norm's output, its means and deviations, query and output, of each head what it asks and sees, the weights, and
+    copies of the key's and value's kernels. Under autocast either product with the tokens keeps a copy of them; its
+    copies of kernels are `kernel_copies`.
+    """
+    D, N, H = config.hidden_size, config.num_tokens, config.num_heads
+    numbers = (2 * N + 2 * H + 3) * D + H * N if half else (N + 2 * H + 2) * D
+    copies = 0 if half else 2 * D * D * _FLOAT
+    return copies + batch * (numbers * (_HALF if half else _FLOAT) + (2 + H) * N * _FLOAT)
+
+
+def mlp_activations(config: ViTConfig, batch: int, half: bool, tokens: int | None = None) -> int:
     """Of the rest of a block: the second norm's input, which autocast leaves in float32, output, means and deviations,
     and the GELU's input and output; with dropout the masks, a byte a number.
     """
     D, M = config.hidden_size, config.mlp_dim
     numbers = D * _FLOAT + (D + 2 * M) * (_HALF if half else _FLOAT) + 2 * _FLOAT
     masks = (2 * D + M) * (config.dropout_rate > 0)
-    return batch * (queries or config.num_tokens) * (numbers + masks)
-
-
-def block_activations(config: ViTConfig, batch: int, half: bool, queries: int | None = None) -> int:
-    """What autograd keeps of an encoder block, beside its input, for a batch of images."""
-    return attention_activations(config, batch, half, queries) + mlp_activations(config, batch, half, queries)
+    return batch * (tokens or config.num_tokens) * (numbers + masks)
 
 
 def patch_activations(config: ViTConfig, batch: int, half: bool) -> int:
@@ -108,8 +114,11 @@ def kept(config: ViTConfig, batch: int, half: bool, remat: str = "none") -> tupl
     blocks = config.num_layers - token
     stream = blocks * (batch * N * D * _FLOAT + each)  # with the blocks' inputs
     stream += patch_activations(config, batch, half) + batch * N * D * (config.dropout_rate > 0)  # a mask
-    last = block_activations(config, batch, half, 1) + batch * (N + 1) * D * _FLOAT if token else batch * N * D * _FLOAT
-    pooled = batch * D * (_HALF if half else _FLOAT) * (3 * N if config.classifier == "map" else 1)
+    last = batch * (N + token) * D * _FLOAT  # what the last norm gets, and with a class token the last block
+    if config.classifier == "gap":
+        pooled = batch * D * (_HALF if half else _FLOAT)
+    else:
+        pooled = pooling_activations(config, batch, half) + mlp_activations(config, batch, half, 1)
     return stream + last + pooled + batch * config.num_classes * _FLOAT, stream - each + at_work
 
 

@@ -179,8 +179,7 @@ def forward(
 
     `block` may be compiled, `classify` is `head`'s, and `fused` is `layers.block`'s for the whole model.
 
-    With class-token pooling the last block computes queries, output and MLP for that token alone, unless intermediates
-    are asked for.
+    With class-token pooling the last block computes that token alone, unless intermediates are asked for.
     """
     x = embed(params, images, config)
     if captured is not None:
@@ -199,7 +198,7 @@ def forward(
             taps,
             fused,
             None if branches is None else branches[i],
-            1 if pooled and i == config.num_layers - 1 else None,
+            pooled and i == config.num_layers - 1,
         )
         if taps is not None:
             taps["tokens"] = x

@@ -79,15 +79,15 @@ def main() -> None:
     parser.add_argument("--model", metavar="FILE", help="weights in any layout (default: a small model is trained)")
     parser.add_argument("--dataset", default="digits", help="with --model: digits, cifar10, cifar100 or folder")
     parser.add_argument("--data_dir", default="data", help="folder with the dataset's files")
+    parser.add_argument("--steps", type=int, default=300, help="of the small model's training, of 32 images each")
     args = parser.parse_args()
     config = weights.describe(args.model).config if args.model else vitfn.get_config("ViT-Nano_8", num_classes=5)
     train, test, _ = data.load(args.dataset if args.model else "digits", args.data_dir, channels=config.channels)
-    if args.model:
-        models = {"accuracy": vitfn.load(args.model)}
-    else:
+    models = {"accuracy": vitfn.load(args.model)} if args.model else {}
+    if not models:
         parts = (train, train.labels < 5), (train, train.labels >= 5), (test, test.labels >= 5)
         low, train, test = (Split(*(each[part] for each in split)) for split, part in parts)
-        models = {"untrained": (start := vitfn.init(config)), "trained": trained(start, config, low, 300)}
+        models = {"untrained": (start := vitfn.init(config)), "trained": trained(start, config, low, args.steps)}
     found = [[features(params, split, config) for split in (train, test)] for params in models.values()]
     print("shots " + "".join(f"{name:>12}{'L2':>12}" for name in models))
     for k in (1, 5, 10, 25):  # and 25 others of each class choose the strength

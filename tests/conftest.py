@@ -29,17 +29,12 @@ NANO = ["--dataset=digits", "--model_type=ViT-Nano_8", "--img_size=32", "--pretr
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-
-
-@pytest.fixture(scope="module")
-def one_thread(two_threads):
-    """Models this small are no faster with two, and far slower where something else runs."""
-    before = torch.get_num_threads()
+def one_thread():
+    """Here and in the processes that tests start: the sums are the same everywhere, and models this small are no
+    faster with two, and far slower where something else runs.
+    """
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

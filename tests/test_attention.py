@@ -16,7 +16,6 @@ import vitfn
 from vitfn import attention, attention_figures, tree
 
 pytest.importorskip("matplotlib", reason="requirements-dev.txt has it")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = {
     "token": SMALL,

@@ -18,8 +18,6 @@ from torch.autograd import DeviceType
 
 from vitfn import bench, bench_measures, device, flags, operators, timing, tree, workload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NANO = ["--device=cpu", "--model_type=ViT-Nano_8", "--img_size=32", "--train_batch_size=4", "--rounds=3", "--seconds=1"]
 OFF = [*NANO, "--compile=off"]
 

@@ -79,7 +79,7 @@ def run(chosen: list[Snippet], folder: Path) -> list[str]:
         [sys.executable, ROOT / "tests/snippets.py"],
         input=json.dumps(sent),
         cwd=folder,
-        env=os.environ | paths | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | paths,
         capture_output=True,
         text=True,
         timeout=600,

@@ -15,8 +15,6 @@ import vitfn
 from vitfn import compare, data, evaluate, inspect, train, tree, weights
 from vitfn.data import Split, digits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = ["--model_type=ViT-Nano_8", "--img_size=32", "--pretrained_dir=", "--compile=off", "--device=cpu"]
 QUICK = [*SMALL, "--name=run", "--noreport", "--num_workers=0", "--warmup_steps=0"]
 DIGITS = [*QUICK, "--dataset=digits", "--train_batch_size=16", "--num_steps=3", "--eval_batch_size=359"]

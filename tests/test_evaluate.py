@@ -18,8 +18,6 @@ from vitfn import convert, evaluate, metrics, train, weights
 from vitfn.data import Files, Split, cifar
 from vitfn.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = ("bird", "cat", "dog")
 MODEL = vitfn.get_config("ViT-Nano_8", image_size=32, num_classes=3)
 

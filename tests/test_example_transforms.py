@@ -36,7 +36,6 @@ pytestmark = [  # jvp warns, once, of a torch operator's own use of a deprecated
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:There is a performance drop"
     ),
-    pytest.mark.usefixtures("one_thread"),
 ]
 
 

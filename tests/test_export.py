@@ -29,7 +29,6 @@ FAMILIES = {
     "hybrid": dataclasses.replace(SMALL, patch_size=1, resnet=vitfn.ResNetConfig((1, 1), 0.5)),
     "stem": dataclasses.replace(SMALL, patch_size=4, image_size=(33, 45), resnet=vitfn.ResNetConfig((), 0.5)),
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ from conftest import SMALL
 import vitfn
 from vitfn import layers, maps, tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GAP = dataclasses.replace(SMALL, classifier="gap")
 MAP = dataclasses.replace(SMALL, classifier="map")
 OBLONG = dataclasses.replace(SMALL, image_size=(16, 40))

@@ -1,6 +1,5 @@
 """The ModelZoo's entry: its arguments, its runs, its log and picture, and the rules its files have to keep."""
 
-import os
 import re
 import subprocess
 import sys
@@ -41,7 +40,6 @@ def script(name: str, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(SCRIPTS / name), *argv],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -67,7 +67,7 @@ SIGNALLED = """if True:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 def launched(

@@ -19,8 +19,6 @@ import vitfn
 from vitfn import attention, labels, predict, train, tree, weights
 from vitfn.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = (*(f"kind {i}" for i in range(9)), 'a, "quoted" name')
 
 
@@ -65,7 +63,7 @@ def probabilities(params: dict, path: Path) -> torch.Tensor:
 def run(*argv: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "vitfn.predict", *argv],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         **options,
@@ -192,7 +190,7 @@ def test_who_has_seen_enough_may_leave(model, photos):
     many = [str(photos / "a.png")] * 400
     with subprocess.Popen(
         [sys.executable, "-m", "vitfn.predict", model, *many, "--format=csv", "--batch_size=4", "--num_workers=0"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -106,7 +106,7 @@ def train(cwd: Path, *argv: str, at: str = STEP, count: int = 0, act: str = "not
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

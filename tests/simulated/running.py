@@ -15,7 +15,7 @@ def simulated(code: str | list[str], timeout: float = 300, cwd: Path = ROOT, **e
     """`python -c code`, or python with these arguments, from the checkout's root, where `import torch_sdaa` works."""
     arguments = ["-c", code] if isinstance(code, str) else list(code)
     paths = [str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    fixed = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,

@@ -33,7 +33,6 @@ import vitfn  # noqa: E402
 CONTENDERS = ("vitfn", "timm", "timm compiled", "Hugging Face", "torchvision", "Flax")
 PACKAGES = ("torch", "timm", "transformers", "torchvision", "jax", "flax", "optax")
 QUESTIONS = ("train", "eval", "memory", "first")
-THREADS = 2
 DEEPER = 4  # times the layers, for what the first step of a deep model takes
 Ask = Callable[[str], dict]
 
@@ -53,6 +52,7 @@ def prepared(model: str, batch: int, layers: int | None, options: argparse.Names
             "batch": batch,
             "device": options.device,
             "precision": options.precision,
+            "threads": str(options.threads),
             "folder": folder,
         }
 
@@ -64,8 +64,8 @@ def worker(contender: str, job: dict, cache: str) -> Iterator[Ask]:
         **os.environ,
         "PYTHONPATH": str(HERE.parent),
         "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": str(THREADS),
-        "NPROC": str(THREADS),  # what XLA takes for the number of cores
+        "OMP_NUM_THREADS": job["threads"],
+        "NPROC": job["threads"],  # what XLA takes for the number of cores
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
         "JAX_COMPILATION_CACHE_DIR": f"{cache}/jax",
         "JAX_PLATFORMS": job["device"],
@@ -156,7 +156,7 @@ def first(job: dict, contenders: list[str], repeats: int) -> tuple[dict[str, dic
     return {name: waits for name, waits in found.items() if name not in left_out}, left_out
 
 
-def machine(device: str) -> str:
+def machine(device: str, threads: int) -> str:
     """In words: the processor and its cores, or the accelerator."""
     if device != "cpu":
         return getattr(torch, device).get_device_name()
@@ -165,10 +165,10 @@ def machine(device: str) -> str:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores of {name}, {THREADS} threads"
+    return f"{os.cpu_count()} cores of {name}, {threads} threads"
 
 
-def facts(device: str) -> dict:
+def facts(device: str, threads: int) -> dict:
     """Where and when a record was made, and with what."""
     versions = {}
     for package in PACKAGES:
@@ -176,7 +176,7 @@ def facts(device: str) -> dict:
             versions[package] = importlib.metadata.version(package)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     versions["vitfn"] = commit.stdout.strip() or vitfn.__version__
-    return {"machine": machine(device), "date": datetime.date.today().isoformat(), "versions": versions}
+    return {"machine": machine(device, threads), "date": datetime.date.today().isoformat(), "versions": versions}
 
 
 def measure(options: argparse.Namespace, keep: Callable[[dict], None]) -> None:
@@ -189,7 +189,7 @@ def measure(options: argparse.Namespace, keep: Callable[[dict], None]) -> None:
             print(f"{name} is left out: {reason}", file=sys.stderr)
         what_of = {"what": what, "model": job["config"]["name"], "layers": job["config"]["num_layers"]}
         what_of |= {field: job[field] for field in ("batch", "device", "precision")}
-        keep({**what_of, **facts(options.device), "left_out": left_out, "contenders": found})
+        keep({**what_of, **facts(options.device, options.threads), "left_out": left_out, "contenders": found})
 
     for model, batch in models:
         with prepared(model, batch, options.layers, options) as job:
@@ -221,6 +221,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help=f"steps of each, of which {WARMUP} warm up: 9")
     parser.add_argument("--repeats", type=int, default=3, help="of each wait for a first result: 3")
     parser.add_argument("--layers", type=int, help="instead of the model's own number of them")
+    parser.add_argument("--threads", type=int, default=2, help="of each contender on a CPU: 2")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="by autocast: float32")
     parser.add_argument("--out", type=Path, default=Path("output/peers"), help="a folder, which keeps earlier records")

@@ -91,6 +91,7 @@ def test_all_contenders_that_are_installed_have_the_same_losses_in_every_step(tm
         "Nano/8:4",
         "--layers=2",
         "--rounds=4",
+        "--threads=1",
         f"--out={tmp_path}",
     ]
     command += ["--what=train,eval,memory", "--contenders=timm,Hugging Face,torchvision,Flax"]

@@ -106,7 +106,7 @@ def test_the_gradients_are_those_of_a_logit_for_the_weights(config, monkeypatch)
 
 
 def test_without_a_class_each_image_s_likeliest_is_explained():
-    params, x = model(SMALL), images(SMALL, 3)
+    params, x = model(SMALL), 3 * images(SMALL, 12)
     found = maps.explain(params, x, SMALL)
     torch.testing.assert_close(found.logits, vitfn.apply(params, x, SMALL), atol=1e-5, rtol=1e-5)
     assert len(set(found.logits.argmax(-1).tolist())) > 1

@@ -84,7 +84,7 @@ def main() -> None:
     config = weights.describe(args.model).config if args.model else vitfn.get_config("ViT-Nano_8", num_classes=5)
     train, test, _ = data.load(args.dataset if args.model else "digits", args.data_dir, channels=config.channels)
     models = {"accuracy": vitfn.load(args.model)} if args.model else {}
-    if not models:
+    if not args.model:
         parts = (train, train.labels < 5), (train, train.labels >= 5), (test, test.labels >= 5)
         low, train, test = (Split(*(each[part] for each in split)) for split, part in parts)
         models = {"untrained": (start := vitfn.init(config)), "trained": trained(start, config, low, args.steps)}

@@ -132,7 +132,7 @@ def head(
     """Encoded tokens to logits, equation 4 and the optional tanh layer of section 3.1: (B, N, D) -> (B, K).
 
     Without a head, the pooled features (B, D) or (B, R). `classify` makes something else of the head's parameters and
-    these features.
+    these features. `fused` is `layers.block`'s.
     """
     if config.classifier == "map":
         x = layers.map_head(params["MAPHead_0"], x, config, fused)  # (B, D)

@@ -1,7 +1,10 @@
 """What the tests share: where reference numbers and data lie, and the small model that most of them use."""
 
+import one_thread as one_thread  # before torch
+
+# isort: split
 import math
-import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,6 @@ from vitfn import tree
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"  # outputs of Google's own JAX code, with the weights they belong to
 SHARED = ROOT.parent / "shared"
-# What takes minutes and says little more than its neighbours.
-in_full = pytest.mark.skipif(not os.environ.get("VITFN_FULL"), reason=".ci/full runs it, with VITFN_FULL=1")
 
 # Those of the models in tests/reference.
 SMALL = vitfn.ViTConfig(
@@ -28,13 +29,10 @@ SMALL = vitfn.ViTConfig(
 NANO = ["--dataset=digits", "--model_type=ViT-Nano_8", "--img_size=32", "--pretrained_dir=", "--train_batch_size=16"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Here and in the processes that tests start: the sums are the same everywhere, and models this small are no
-    faster with two, and far slower where something else runs.
-    """
-    torch.set_num_threads(1)
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with most slow tests first: processes that share files then end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +47,11 @@ def expected(name: str) -> dict[str, np.ndarray]:
     """The reference outputs of a model."""
     with np.load(REFERENCE / f"{name}.expected.npz") as arrays:
         return dict(arrays)
+
+
+def without_bar(stderr: str) -> str:
+    """What a command says, but for its progress, which is drawn where something takes more than two seconds."""
+    return "\n".join(line.rpartition("\r")[2] for line in stderr.split("\n"))
 
 
 def nchw(images: np.ndarray) -> torch.Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_archive import KILLS, LFS, mutate
@@ -331,13 +332,11 @@ def torch_legacy(value, keys=(), data: bytes = b"") -> bytes:
 # Damaged and hostile files are read in another process, which no crash, hang or bomb gets out of
 
 
-def isolated(function: str, *arguments, timeout: int = 300):
+def isolated(function: str, *arguments):
     """What a function of this module returns in a process of its own."""
     code = f"import json, sys, test_containers as this; print(json.dumps(this.{function}(*sys.argv[1:])))"
     paths = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[1]))
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": paths}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    done = warm.run(["-c", code, *arguments], env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr}"
     return json.loads(done.stdout)
 

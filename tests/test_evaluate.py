@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, without_bar
 from PIL import Image
 
 import vitfn
@@ -233,9 +233,8 @@ def command(capsys):
     def run(*arguments: str) -> tuple[int, dict[str, str], str]:
         code = evaluate.main(["evaluate", *map(str, arguments)])
         out, err = capsys.readouterr()
-        err = err.rpartition("\r")[2]  # behind a bar, which a slow machine draws
         rows = (line.split("  ", 1) for line in out.partition("\n\n")[0].splitlines())
-        return code, {name: value.strip() for name, value in rows}, err
+        return code, {name: value.strip() for name, value in rows}, without_bar(err)
 
     return run
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NANO, ROOT, in_full
+from conftest import NANO, ROOT
 from test_parallel import by_hand, environment, rows
 
 from vitfn.watch import Answer, verdict
@@ -165,7 +165,7 @@ def test_who_does_not_answer_is_lost_and_else_who_is_behind(answers, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2", "shard=2"])
+@pytest.mark.parametrize("mesh", ["data=2", pytest.param("shard=2", marks=pytest.mark.oldest)])
 def test_a_run_whose_processes_are_killed_at_random_ends_with_the_same_weights(undisturbed, tmp_path, mesh):
     """From outside, any of them, at any time: while it starts, or some updates later. Nobody does anything else."""
     seed = int(os.environ.get("VITFN_KILLS_SEED", "0"))
@@ -195,7 +195,8 @@ def test_a_run_whose_processes_are_killed_at_random_ends_with_the_same_weights(u
     ("act", "rank", "named", "seconds"),
     [
         pytest.param(
-            *("SIGSTOP", 0, "process 0 does not answer: killed, stopped or cut off", ASK + TORCHRUN), marks=in_full
+            *("SIGSTOP", 0, "process 0 does not answer: killed, stopped or cut off", ASK + TORCHRUN),
+            marks=pytest.mark.full,
         ),
         ("sleep", 1, r"process 1 hangs or is late, at fit.py, line \d+, in fit", ASK + GRACE),
     ],
@@ -221,8 +222,8 @@ def test_a_process_that_hangs_is_named_and_the_run_starts_anew(undisturbed, tmp_
     ("act", "rank", "named"),
     [
         ("SIGKILL", 0, "process 0 does not answer"),
-        pytest.param("SIGSTOP", 0, "process 0 does not answer", marks=in_full),
-        pytest.param("sleep", 2, r"process 2 hangs or is late, at fit.py, line \d+, in fit", marks=in_full),
+        pytest.param("SIGSTOP", 0, "process 0 does not answer", marks=pytest.mark.full),
+        pytest.param("sleep", 2, r"process 2 hangs or is late, at fit.py, line \d+, in fit", marks=pytest.mark.full),
     ],
 )
 def test_without_a_launcher_all_end_too_and_the_first_process_may_be_the_one_that_is_lost(tmp_path, act, rank, named):

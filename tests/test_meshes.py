@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from conftest import NANO, ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parallel import launched, rows
+from test_parallel import command, rows, together
 
 import vitfn
 from vitfn import get_config, make_train_step, meshes, optim, train, tree, vit
@@ -34,29 +33,28 @@ ON_2 = {
     "sharded, frozen, bfloat16": "shard=2|sharded|off|frozen|bfloat16|yes",
 }
 ON_4 = {
+    "optimizer over 2, adamw": "data=2|optimizer|off|adamw|float32|",
+    "mixed over 2, overlapping, frozen": f"data=2,shard=2|{MIXED}|off|frozen|float32|yes",
+}
+MORE_ON_4 = {
     "data, sgd": "data=4|sharded|off|sgd|float32|",
     "sharded, sgd": "shard=4|sharded|off|sgd|float32|",
     "sharded, overlapping, adamw": "shard=4|sharded|off|adamw|float32|yes",
     "sharded over 2, sgd": "data=2,shard=2|sharded|off|sgd|float32|yes",
-    "optimizer over 2, adamw": "data=2|optimizer|off|adamw|float32|",
     "mixed, frozen": f"shard=4|{MIXED}|off|frozen|float32|",
-    "mixed over 2, overlapping, frozen": f"data=2,shard=2|{MIXED}|off|frozen|float32|yes",
 }
 COMPILED = {
-    "sharded, overlapping, recomputed": "shard=2|sharded|block|recomputed|float32|yes",
     "sharded, block, adamw": "shard=2|sharded|block|adamw|float32|",
-    "optimizer, block, frozen": "shard=2|optimizer|block|frozen|float32|yes",
     "optimizer, step, frozen": "shard=2|optimizer|step|frozen|float32|",
 }
-
-
-def processes(count: int, script: str, *arguments: str) -> str:
-    """What so many processes of torchrun, or one alone, print."""
-    return launched(ROOT, count, str(WORKERS / script), *arguments, timeout=600, python=("-W", "error")).stdout
+MORE_COMPILED = {
+    "sharded, overlapping, recomputed": "shard=2|sharded|block|recomputed|float32|yes",
+    "optimizer, block, frozen": "shard=2|optimizer|block|frozen|float32|yes",
+}
 
 
 def trained(folder: Path, count: int, trainings: dict[str, str]) -> dict[str, dict]:
-    processes(count, "training.py", str(folder), *(f"{name}|{how}" for name, how in trainings.items()))
+    together(ROOT, count, WORKERS / "training.py", folder, *(f"{name}|{how}" for name, how in trainings.items()))
     return {name: torch.load(folder / f"{name}.pt") for name in trainings}
 
 
@@ -85,7 +83,10 @@ def alone_as(alone: dict[str, dict], how: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "trainings"), [(2, ON_2), (4, ON_4)])
+@pytest.mark.parametrize(
+    ("count", "trainings"),
+    [pytest.param(2, ON_2, marks=pytest.mark.oldest), (4, ON_4), pytest.param(4, MORE_ON_4, marks=pytest.mark.full)],
+)
 def test_every_placement_makes_the_run_of_one_process(tmp_path, alone, count, trainings):
     for name, found in trained(tmp_path, count, trainings).items():
         expected = alone_as(alone, trainings[name])
@@ -101,20 +102,20 @@ def test_every_placement_makes_the_run_of_one_process(tmp_path, alone, count, tr
 
 
 @pytest.mark.slow
-def test_compiled_meshes_make_the_run_of_one_process(tmp_path, alone):
-    for name, found in trained(tmp_path, 2, COMPILED).items():
+@pytest.mark.parametrize("trainings", [COMPILED, pytest.param(MORE_COMPILED, marks=pytest.mark.full)])
+def test_compiled_meshes_make_the_run_of_one_process(tmp_path, alone, trainings):
+    for name, found in trained(tmp_path, 2, trainings).items():
         # AdamW divides a gradient by its own size: where it is nearly zero, its last bits are a step
-        assert_same(found, alone_as(alone, COMPILED[name]), 1e-6, leaves=500 if "adamw" in name else 50)
+        assert_same(found, alone_as(alone, trainings[name]), 1e-6, leaves=500 if "adamw" in name else 50)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_quarter_of_a_large_model_is_held_and_one_block_gathered():
     """At most 0.3 of what one process has of the parameters and the momentum, with all that is ever gathered."""
     config = get_config("ViT-B_16", image_size=32, num_classes=1000)
     model = 4 * sum(torch.Size(shape).numel() for shape in vit.shapes(config).values())
-    found = processes(
-        4, "memory.py", "shard=4|sharded|float32", "shard=4|sharded|bfloat16", "shard=4|optimizer|float32"
-    )
+    kinds = "shard=4|sharded|float32", "shard=4|sharded|bfloat16", "shard=4|optimizer|float32"
+    found = together(ROOT, 4, WORKERS / "memory.py", *kinds)
     float32, bfloat16, optimizer = map(json.loads, found.splitlines())
     block = 4 * (4 * 768 * 768 + 2 * 768 * 3072)  # bytes of its kernels
     for lies, gathered in float32:
@@ -241,10 +242,6 @@ RUN = [
 ]
 
 
-def command(cwd: Path, count: int, *argv: str, module: str = "vitfn.train") -> subprocess.CompletedProcess:
-    return launched(cwd, count, "-m", module, *argv, timeout=600)
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_meshes_to_the_curve_of_one_process(tmp_path):
     """Four processes to step 10, two to 20, one to 30, four others to 40; then its checkpoint becomes a file."""
@@ -253,7 +250,7 @@ def test_a_run_goes_on_with_other_meshes_to_the_curve_of_one_process(tmp_path):
     command(tmp_path / "alone", 1, *RUN)
     run, several = tmp_path / "several" / "run", tmp_path / "several"
     first = command(several, 4, *RUN, "--mesh=shard=4")
-    assert "devices        4, 4 images of a batch each, data=1,shard=4" in first.stdout
+    assert "devices        4, 4 images of a batch each, data=1,shard=4" in first
     for count, mesh, left in ((2, "--placement=optimizer", 10), (1, "--mesh=", 20), (4, "--mesh=data=2", 30)):
         for path in (run / "checkpoints").iterdir():
             if int(path.stem[5:]) > left:
@@ -266,7 +263,7 @@ def test_a_run_goes_on_with_other_meshes_to_the_curve_of_one_process(tmp_path):
     assert sum(abs(a["train/loss"] - b["train/loss"]) / b["train/loss"] for a, b in pairs) / 40 <= 1e-6
     for found, expected in zip(rows(run, "eval"), rows(tmp_path / "alone/run", "eval"), strict=True):
         assert (found["eval/correct"], found["eval/count"]) == (expected["eval/correct"], expected["eval/count"])
-    command(several, 1, "run/checkpoints/step_00000040", "gathered.npz", module="vitfn.convert")
+    together(several, 1, "-m", "vitfn.convert", "run/checkpoints/step_00000040", "gathered.npz")
     gathered, model = vitfn.load_npz(several / "gathered.npz"), vitfn.load_npz(run / "model.npz")
     assert all(torch.equal(leaf, tree.flatten(model)[path]) for path, leaf in tree.flatten(gathered).items())
 

@@ -194,7 +194,7 @@ def test_loss_py_says_in_its_code_whether_curves_agree(tmp_path):
     assert (absent.returncode, absent.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_sample_s_arguments_on_a_simulated_card(sdaa, tmp_path):
     """100 steps in float16, scaled and compiled, compared with float32 on the CPU by the log that they leave.
 

@@ -5,12 +5,11 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import NANO, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,8 @@ from PIL import Image
 from vitfn import device, parallel
 from vitfn.errors import InputError
 from vitfn.parallel import ALONE, Ranks
+
+pytestmark = pytest.mark.oldest
 
 RUN = [
     "--name=run",
@@ -70,46 +71,37 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
-def launched(
-    cwd: Path, processes: int, *arguments: str, code: int = 0, timeout: int = 300, python: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess:
-    """A script or module by so many processes of torchrun, or by python, with its options, alone."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *python, *(torchrun if processes > 1 else []), *arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def by_torchrun(cwd: Path, processes: int, *argv: str, code: int = 0) -> warm.Process:
+    """The command by so many processes of torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = warm.run([*launcher, "-m", "vitfn.train", *argv], cwd, environment())
     assert done.returncode == code, done.stderr
     return done
 
 
-def command(cwd: Path, processes: int, *argv: str, code: int = 0) -> subprocess.CompletedProcess:
-    """The command by so many processes of torchrun, or alone."""
-    return launched(cwd, processes, "-m", "vitfn.train", *argv, code=code)
-
-
-def by_hand(cwd: Path, processes: int, *arguments: str) -> list[subprocess.CompletedProcess]:
+def by_hand(cwd: Path, processes: int, *arguments: str | Path, **variables: str) -> list[warm.Process]:
     """Processes that no launcher watches over."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=cwd,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **address),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    done = [(process, *process.communicate(timeout=300)) for process in running]
-    return [subprocess.CompletedProcess(arguments, process.returncode, out, err) for process, out, err in done]
+    each = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **address, **variables) for rank in range(processes)]
+    running = [warm.start(arguments, cwd, variables) for variables in each]
+    for process in running:
+        process.wait(300)
+    return running
+
+
+def together(cwd: Path, processes: int, *arguments: str | Path, **variables: str) -> str:
+    """What so many processes, or one alone, print of a script or module that succeeds in all of them."""
+    alone = processes == 1
+    done = [warm.run(arguments, cwd, environment())] if alone else by_hand(cwd, processes, *arguments, **variables)
+    assert [process.returncode for process in done] == [0] * processes, "".join(process.stderr for process in done)
+    return "".join(process.stdout for process in done)
+
+
+def command(cwd: Path, processes: int, *argv: str) -> str:
+    """What so many processes of the command, or one alone, print."""
+    return together(cwd, processes, "-m", "vitfn.train", *argv)
 
 
 def rows(run: Path, kind: str) -> list[dict[str, float]]:
@@ -136,7 +128,8 @@ def alone(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "processes"), [(next(iter(RECIPES)), 4), (list(RECIPES)[1], 2)])
 def test_several_processes_make_the_run_of_one(tmp_path, alone, name, processes):
-    done = command(tmp_path, processes, *RUN, *RECIPES[name], "--tcap_log", "--output_dir=.")
+    argv = [*RUN, *RECIPES[name], "--tcap_log", "--output_dir=."]
+    said = by_torchrun(tmp_path, 2, *argv).stdout if processes == 2 else command(tmp_path, processes, *argv)
     assert relative_error(tmp_path / "run", alone[name]) <= 1e-6
     for several, one in zip(rows(tmp_path / "run", "eval"), rows(alone[name], "eval"), strict=True):
         for measure in ("eval/count", "eval/correct", "eval/top5"):
@@ -146,15 +139,15 @@ def test_several_processes_make_the_run_of_one(tmp_path, alone, name, processes)
     last = rows(tmp_path / "run", "train")[-1]
     assert last["train/images_per_second"] == pytest.approx(processes * last["train/device_images_per_second"])
     assert last["train/device_loss"] != last["train/loss"]
-    line = re.findall(r"rank : (\d)  train.loss : ([\d.e-]+)  train.ips : ([\d.]+) imgs/s", done.stdout)[-1]
+    line = re.findall(r"rank : (\d)  train.loss : ([\d.e-]+)  train.ips : ([\d.]+) imgs/s", said)[-1]
     assert line == ("0", str(last["train/device_loss"]), str(last["train/device_images_per_second"]))
-    assert done.stdout.count("TCAPPDLL") == 30
+    assert said.count("TCAPPDLL") == 30
     assert re.search(
         rf"^devices +{processes}, {16 // processes} images of a batch each, data={processes},shard=1$",
-        done.stdout,
+        said,
         re.M,
     )
-    assert done.stdout.count("test accuracy") == 1
+    assert said.count("test accuracy") == 1
     resolved = json.loads((tmp_path / "run/config.json").read_text())["resolved"]
     assert (resolved["processes"], resolved["device_batch_size"]) == (processes, 16 // processes)
 
@@ -205,7 +198,7 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_what_is_wrong_is_said_by_the_first_process_and_leaves_nothing(tmp_path):
     (tmp_path / "run").mkdir()
-    done = command(tmp_path, 2, *RUN, "--output_dir=.", code=1)  # torchrun's own code
+    done = by_torchrun(tmp_path, 2, *RUN, "--output_dir=.", code=1)  # torchrun's own code
     said = [line for line in done.stderr.splitlines() if line.startswith("vitfn, ")]
     assert re.match(r"vitfn, process 0: --name=run: run exists; go on with --resume", said[0])
     assert all(re.match(r"vitfn, process 1: the processes of the run lost each other", line) for line in said[1:])

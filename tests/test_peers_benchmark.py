@@ -79,7 +79,7 @@ def test_a_panel_s_bars_are_the_others_times_divided_by_vitfn_s(tmp_path):
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_all_contenders_that_are_installed_have_the_same_losses_in_every_step(tmp_path):
     """Weights, model, loss, clipping and update: after three updates a difference in any of them shows.
 

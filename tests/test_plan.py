@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT
-from test_parallel import launched
+from test_parallel import together
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -232,8 +232,8 @@ MESHES = [
 
 @pytest.mark.slow
 def test_each_rank_of_a_mesh_holds_what_the_table_says():
-    done = launched(ROOT, 2, __file__, *MESHES)
-    for case, line in zip(MESHES, done.stdout.splitlines(), strict=True):
+    said = together(ROOT, 2, __file__, *MESHES)
+    for case, line in zip(MESHES, said.splitlines(), strict=True):
         (params, state, kept, _, peak), expected = json.loads(line)
         assert expected[:2] == [params, pytest.approx(state, abs=8)], case  # AdamW's count
         assert expected[2] == pytest.approx(kept, rel=0.02), case

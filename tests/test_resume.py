@@ -7,16 +7,15 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import NANO, ROOT
 
 KILLS = int(os.environ.get("VITFN_KILLS", "3"))  # .ci/full asks for 30
-pytestmark = pytest.mark.slow
 
 RUN = [
     "--name=run",
@@ -103,15 +102,7 @@ def train(cwd: Path, *argv: str, at: str = STEP, count: int = 0, act: str = "not
     if act != "nothing":
         command = [str(cwd / "doing.py"), at, str(count), act, *argv]
         (cwd / "doing.py").write_text(DOING)
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
+    return warm.run(command, cwd, os.environ | {"PYTHONPATH": str(ROOT)}, **options)
 
 
 def said(done: subprocess.CompletedProcess) -> list[str]:
@@ -171,6 +162,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(alone, tmp_path):
         shutil.rmtree(tmp_path / "output")  # finished before it could be killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_behind_a_damaged_checkpoint_the_one_before_gives_the_same_bits(alone, tmp_path, damage):
     assert train(tmp_path, *RUN, *EVERYTHING, at=STEP, count=15, act="kill").returncode == -signal.SIGKILL
@@ -187,6 +179,7 @@ def test_behind_a_damaged_checkpoint_the_one_before_gives_the_same_bits(alone, t
 # --- signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "code", "at", "count"),
     [("terminate", 143, STEP, 5), ("interrupt", 130, EVALUATION, 1), ("terminate", 143, STEP, 1)],
@@ -206,12 +199,14 @@ def test_a_signal_saves_says_how_to_go_on_and_changes_nothing(alone, tmp_path, a
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_second_sigint_stops_at_once_though_the_disk_hangs(tmp_path):
     done = train(tmp_path, *RUN, at=STEP, count=2, act="interrupt twice")
     assert done.returncode == 130, done.stderr
     assert said(done) == ["vitfn: interrupted"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_whole_process_group_leaves_no_traceback(tmp_path):
     """As Ctrl-C in a terminal does it: the workers that decode images get it too."""
     Image = pytest.importorskip("PIL.Image")
@@ -240,6 +235,7 @@ def test_an_interrupt_of_the_whole_process_group_leaves_no_traceback(tmp_path):
 # --- no space, no access
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_end_the_run_and_leave_the_checkpoint_before(alone, tmp_path):
     done = train(tmp_path, *RUN, *EVERYTHING, at=STEP, count=8, act="limit")
     assert done.returncode == 1, done.stderr
@@ -266,6 +262,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(alone, small_disk):
     done = train(small_disk, *RUN, *EVERYTHING)
     assert done.returncode == 1, done.stderr
@@ -280,6 +277,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(alone, small_
     assert_same_run(small_disk, alone)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_the_start_is_one_line(small_disk):
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
         while True:
@@ -300,6 +298,7 @@ def open_to_all():
         yield Path(name)
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_is_one_line(open_to_all):
     done = train(open_to_all, *RUN, at="vitfn.train._warn", count=1, act="lock out")
     assert done.returncode == 1, done.stderr
@@ -309,6 +308,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(open_to_all):
     assert not (open_to_all / "output").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_no_longer_be_written_leaves_the_checkpoint_before(alone, open_to_all):
     done = train(open_to_all, *RUN, *EVERYTHING, at=STEP, count=8, act="lock out")
     assert done.returncode == 1, done.stderr
@@ -325,6 +325,7 @@ def test_a_folder_that_may_no_longer_be_written_leaves_the_checkpoint_before(alo
 # --- what else may happen to a run
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite_for_good_are_named_and_the_good_checkpoint_stays(tmp_path):
     """With a rate of 1e30 the first update, whose rate is 0, is the last good one."""
     done = train(tmp_path, *RUN, "--learning_rate=1e30", "--num_steps=200", "--checkpoint_every=1", "--eval_every=200")
@@ -339,6 +340,7 @@ def test_gradients_that_are_not_finite_for_good_are_named_and_the_good_checkpoin
     assert len(bad) >= 30
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_changes_nothing_and_changed_flags_are_listed(alone, tmp_path):
     shutil.copytree(alone / "output", tmp_path / "output")
     done = train(tmp_path, *RUN, *EVERYTHING, "--resume")
@@ -357,6 +359,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing_and_changed_flags_are_li
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [["--precision=float16", "--train_batch_size=4", "--optimizer=adamw"], ["--compile=block", "--dropout_rate=0.1"]],

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, in_full
+from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from test_step import AVERAGED, DROPPING, FORMS, OPTIMIZERS, batch, fresh_state, train
@@ -77,7 +77,7 @@ def scaled(optimizer, scale: float, good: int = 7) -> vitfn.TrainState:
     return vitfn.TrainState(0, state.params, state.opt_state, scales)
 
 
-@pytest.mark.parametrize("form", [*FORMS[:2], pytest.param("step", marks=[pytest.mark.slow, in_full])])
+@pytest.mark.parametrize("form", [*FORMS[:2], pytest.param("step", marks=[pytest.mark.slow, pytest.mark.full])])
 def test_an_overflow_of_float16_is_skipped_and_halves_the_scale(form):
     """A scale of 2^24 takes the loss's own gradient beyond 65504; a quarter of a probability times 2^17 fits."""
     train_step = vitfn.make_train_step(SMALL, AVERAGED, compile=form, precision="float16", donate=False)

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import NANO, ROOT
+from simulated.running import variables
+from test_parallel import together
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.oldest
+
 
 RUN = [
     *NANO,
@@ -68,6 +71,7 @@ def resolved(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())["resolved"]
 
 
+@pytest.mark.slow
 def test_float32_is_the_cpu_s_curve(train, float32):
     cpu, _, _ = train("cpu", *RUN, "--device=cpu", "--compile=off")
     assert relative_error(float32, cpu) <= 1e-6
@@ -75,6 +79,7 @@ def test_float32_is_the_cpu_s_curve(train, float32):
     assert resolved(float32)["device_name"] == "/dev/tcaicard0"
 
 
+@pytest.mark.slow
 def test_auto_takes_the_card_and_makes_the_same_bits_under_the_seed_s_migration(train, float32):
     """TORCH_SDAA_AUTOLOAD=cuda_migrate, which makes torch say that there is CUDA, changes nothing."""
     again, _, _ = train("again", *RUN, "--precision=float32", TORCH_SDAA_AUTOLOAD="cuda_migrate")
@@ -84,6 +89,7 @@ def test_auto_takes_the_card_and_makes_the_same_bits_under_the_seed_s_migration(
     assert resolved(again)["environment"]["TORCH_SDAA_AUTOLOAD"] == "cuda_migrate"
 
 
+@pytest.mark.slow
 def test_auto_s_precision_is_float16_with_a_scale_that_adapts_itself(train, float32):
     half, stdout, _ = train("half", *RUN, "--device=sdaa")
     assert 0 < relative_error(half, float32) <= 3e-4
@@ -92,6 +98,7 @@ def test_auto_s_precision_is_float16_with_a_scale_that_adapts_itself(train, floa
     assert logged(half)[0]["train/loss_scale"] == 65536
 
 
+@pytest.mark.slow
 def test_four_devices_make_the_curve_of_one(train, float32):
     argv = [*RUN, "--device=sdaa", "--precision=float32", "--tcap_log"]
     four, stdout, _ = train("four", *argv, launcher=CARD)
@@ -102,14 +109,17 @@ def test_four_devices_make_the_curve_of_one(train, float32):
     assert "rank : 1" not in stdout
 
 
-def test_four_devices_share_one_model_and_its_checkpoint_becomes_a_file(train, sdaa, float32):
+@pytest.mark.slow
+def test_four_devices_share_one_model_and_its_checkpoint_becomes_a_file(sdaa, float32):
     """By TCCL's plain collectives: functional ones are not for such a device on torch 2.7."""
-    argv = [*RUN, "--device=sdaa", "--precision=float32", "--compile=off", "--checkpoint_every=20"]
-    run, _, _ = train("shared", *argv, "--mesh=shard=4", launcher=CARD)
+    run = float32.with_name("shared")
+    argv = ["-m", "vitfn.train", *RUN, "--name=shared", f"--output_dir={run.parent}", "--device=sdaa"]
+    argv += ["--precision=float32", "--compile=off", "--checkpoint_every=20"]
+    together(ROOT, 4, *argv, "--mesh=shard=4", **variables())
     assert relative_error(run, float32) <= 1e-6
     assert accuracy(run) == accuracy(float32)
     shutil.rmtree(run / "checkpoints/step_00000040")
-    train("shared", *argv, "--mesh=data=2,shard=2", "--resume", launcher=CARD)
+    together(ROOT, 4, *argv, "--mesh=data=2,shard=2", "--resume", **variables())
     assert relative_error(run, float32) <= 1e-6
     gathered = run / "gathered.npz"
     done = sdaa(["-m", "vitfn.convert", str(run / "checkpoints/step_00000040"), str(gathered)])
@@ -117,12 +127,14 @@ def test_four_devices_share_one_model_and_its_checkpoint_becomes_a_file(train, s
     assert gathered.read_bytes() == (run / "model.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_visible_devices_are_too_few_for_four_processes(train):
     run, _, stderr = train("few", *SHORT, "--device=sdaa", launcher=CARD, code=1, SDAA_VISIBLE_DEVICES="0,1")
     assert re.search(r"^vitfn, process [23]: --device=sdaa: found 2 of them, too few for process [23]", stderr, re.M)
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_everything_at_once_in_float16_goes_on_after_a_stop_and_is_evaluated(train, sdaa):
     """From a checkpoint in the middle to the same bits; vitfn.evaluate then says what the run said, and no more."""
     argv = [*EVERYTHING, "--device=sdaa", "--checkpoint_every=15", "--keep_checkpoints=9"]
@@ -147,9 +159,9 @@ def test_everything_at_once_in_float16_goes_on_after_a_stop_and_is_evaluated(tra
     ("asked", "defect", "failed", "form"),
     [
         ("auto", "L1", ["block"], "off"),
-        ("auto", "L5", ["block"], "off"),
-        ("step", "L4:300", ["step"], "block"),
-        ("step", "L3", ["step", "block"], "off"),
+        pytest.param("auto", "L5", ["block"], "off", marks=pytest.mark.slow),
+        pytest.param("step", "L4:300", ["step"], "block", marks=pytest.mark.slow),
+        pytest.param("step", "L3", ["step", "block"], "off", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(train, asked, defect, failed, form):
@@ -165,6 +177,7 @@ def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(train, asked, def
         assert f"compile={each} failed for the train step, which went on with compile={form}" in page
 
 
+@pytest.mark.slow
 def test_a_whole_step_in_float16_is_compiled_where_torch_can(train, float32):
     """torch 2.7's torch.func does not differentiate the casts of such a device: a block is compiled instead."""
     run, _, stderr = train("step", *RUN, "--device=sdaa", "--compile=step")
@@ -174,6 +187,7 @@ def test_a_whole_step_in_float16_is_compiled_where_torch_can(train, float32):
     assert relative_error(run, float32) <= 3e-4
 
 
+@pytest.mark.slow
 def test_without_a_fallback_a_compiler_that_fails_ends_the_run(train):
     argv = [*SHORT, "--device=sdaa", "--nocompile_fallback"]
     run, stdout, stderr = train("strict", *argv, code=1, SIMULATED_SDAA_DEFECT="L2")
@@ -207,6 +221,7 @@ OPERATORS = """if True:
 ALL_DROPOUT = "dropout_rate=0.1, attention_dropout_rate=0.1, stochastic_depth_rate=0.1, representation_size=8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "precision"), [("off", "float32"), ("off", "float16"), ("step", "float32")])
 def test_the_operators_of_a_train_step_are_those_of_the_list(sdaa, tmp_path, form, precision):
     """What a train step sends to the device, in tests/simulated/operators.txt: a new one there is a decision."""

@@ -141,6 +141,7 @@ def on_two(ranks: Ranks, folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_4_2_1_and_4_processes_go_on_with_one_another_s_bits(tmp_path):
     save(ALONE, tmp_path, (), 1)
     run(4, on_four, tmp_path, 1)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
 OLD = torch.__version__.startswith("2.7.")  # its func.grad loses the device's autocast
 
 

@@ -99,8 +99,16 @@ def test_the_fine_tuning_curve_is_jax_s(name, form, cifar_dir):
             assert math.isclose(float(leaf.norm()), want, rel_tol=1e-4), path
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "off") for name in OPTIMIZERS),
+        ("sgd", "block"),
+        pytest.param("adamw", "block", marks=pytest.mark.slow),
+        pytest.param("sgd", "step", marks=[pytest.mark.slow, pytest.mark.oldest]),
+        pytest.param("adamw", "step", marks=pytest.mark.slow),
+    ],
+)
 def test_every_form_takes_the_same_steps_dropout_included(form, name):
     """Compiled gradients are compared with eager ones through what they do to every parameter."""
     eager, eager_state = train(OPTIMIZERS[name], 8, DROPPING, compile="off", seed=3)

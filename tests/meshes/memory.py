@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -48,5 +49,6 @@ def main(*steps: str) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -5,6 +5,7 @@ arguments: output folder, and for each training NAME,MESH,PLACEMENT,FORM,RECIPE,
 
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -91,5 +92,6 @@ def main(folder: str, *trainings: str) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     main(*sys.argv[1:])

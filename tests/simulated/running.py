@@ -1,29 +1,25 @@
 """Runs code in a process of its own with the simulated device, since torch takes one such device a process."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def simulated(code: str | list[str], timeout: float = 300, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    """`python -c code`, or python with these arguments, from the checkout's root, where `import torch_sdaa` works."""
-    arguments = ["-c", code] if isinstance(code, str) else list(code)
+def variables() -> dict[str, str]:
+    """With which `import torch_sdaa` works."""
     paths = [str(HERE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    fixed = {"PYTHONPATH": os.pathsep.join(paths), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=os.environ | fixed | env,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return {"PYTHONPATH": os.pathsep.join(paths), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def simulated(code: str | list[str], cwd: Path = ROOT, **env: str) -> warm.Process:
+    """`python -c code`, or python with these arguments, from the checkout's root."""
+    arguments = ["-c", code] if isinstance(code, str) else list(code)
+    return warm.run(arguments, cwd, os.environ | variables() | env)
 
 
 @pytest.fixture(scope="session")

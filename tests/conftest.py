@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from simulated.running import sdaa as sdaa
 
 import vitfn
 from vitfn import tree
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"  # outputs of Google's own JAX code, with the weights they belong to

@@ -59,7 +59,6 @@ def same(a, b) -> bool:
 # --- which images
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 60), st.integers(0, 2**63 - 1))
 def test_every_epoch_has_each_image_once(data, length, seed):
     """Batches of any size up to the whole set, laid end to end: each `length` of them is a permutation."""
@@ -90,7 +89,7 @@ def test_seeds_and_epochs_have_orders_of_their_own():
     assert tuple(range(50)) not in orders
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(1, 40))
 def test_padded_batches_have_every_image_once_in_one_shape(length, size):
     split = Split(

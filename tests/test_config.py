@@ -7,14 +7,14 @@ import re
 from typing import NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitfn
 from vitfn.config import model_names
 from vitfn.errors import InputError
 
-calm = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+calm = settings(max_examples=50)
 
 
 class Row(NamedTuple):

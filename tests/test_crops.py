@@ -38,7 +38,7 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
 SIZES = st.tuples(st.integers(1, 48), st.integers(1, 48))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 2), SIZES, SIZES)
 def test_resize_is_torch_s_bilinear(count, before, after):
     images = pixels(count, 3, *before)
@@ -109,7 +109,7 @@ def test_a_batch_s_centres_are_its_images_s():
 # --- random_resized_crop
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.tuples(st.integers(1, 48), st.integers(2, 48)), st.booleans())
 def test_a_given_box_is_cropped_and_resized_as_torch_does(data, size, antialias):
     """Pixels outside of the box have no part in it. (torch antialiases an output of one column wrongly.)"""
@@ -204,7 +204,7 @@ def test_how_a_file_s_pixels_lie_in_memory_changes_no_bit(function):
 # --- crop_boxes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 1), st.sampled_from(SAMPLERS))
 def test_boxes_are_whole_pixels_within_the_image(height, width, scale, sampler):
     boxes = crop_boxes(height, width, keys_of(50), scale, sampler)

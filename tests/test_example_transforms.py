@@ -274,7 +274,7 @@ def test_gradients_of_16_images_at_once_are_a_loop_s_at_full_size():
 # Private SGD
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.floats(-3, 3), st.floats(-3, 3))
 def test_one_image_moves_the_clipped_sum_by_its_clipped_gradient(seed, count, spread, clip):
     """By no more than max_norm, that is, whatever the sizes of the gradients."""

@@ -59,7 +59,7 @@ ACTING = """if True:
 
     parallel.Ranks.max = acting
     if __name__ == "__main__":
-        sys.exit(train.main(["train", *argv]))
+        parallel.leave(train.main(["train", *argv]))
 """
 
 

@@ -203,7 +203,7 @@ def test_torn_npy_files_are_refused(tmp_path):
         refusal(tmp_path / "a.npy", 5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_damaged_files_are_images_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("damaged") / "a.png"

@@ -107,7 +107,7 @@ def test_several_labels_are_rows_of_zeros_and_ones(lists, tmp_path):
     assert data.test.labels.tolist() == [[0, 0, 1]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.frozensets(st.sampled_from("abcde"), max_size=3), min_size=4, max_size=60),
     st.sampled_from([0.1, 0.25, 0.5, 0.9]),

@@ -71,8 +71,10 @@ def assert_same(found: dict, expected: dict, limit: float, leaves: float = 50) -
     pairs = list(zip(found["curve"], expected["curve"], strict=True))
     assert sum(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs) / len(pairs) <= limit
     assert all(abs(a["grad_norm"] - b["grad_norm"]) <= 100 * limit * b["grad_norm"] for a, b in pairs)
-    assert torch.equal(found["predicted"], expected["predicted"])
-    assert relative(found["losses"], expected["losses"]) <= 10 * limit
+    if limit < 1e-4:  # in bfloat16 two classes may be as likely, and either may be predicted
+        assert torch.equal(found["predicted"], expected["predicted"])
+    for name in ("losses", "confidence"):
+        assert relative(found[name], expected[name]) <= 10 * limit
     for path, leaf in expected["final"].items():
         assert relative(found["final"][path], leaf) <= leaves * limit, path
 

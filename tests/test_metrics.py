@@ -141,7 +141,7 @@ def test_confidence_that_is_no_number_is_not_calibrated():
     assert math.isnan(metrics.calibration_error(sure([0.5, math.nan], [True, True])))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 60), st.integers(0, 2**32))
 def test_what_holds_for_any_predictions(k, n, seed):
     p, _ = some(n, k, seed)

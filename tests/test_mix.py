@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -33,7 +33,6 @@ def test_probabilities_stay_as_they_are():
     assert torch.equal(one_hot(given, 2), given.float())
 
 
-@settings(deadline=None)
 @given(KEYS, st.floats(0.05, 5))
 def test_mixup_blends_each_image_and_its_label_with_the_one_before(key, alpha):
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -53,7 +52,6 @@ def test_mixup_s_weights_are_beta_s_larger_parts(alpha):
     assert stats.kstest(weights, lambda x: 2 * stats.beta.cdf(x, alpha, alpha) - 1).pvalue > 1e-3
 
 
-@settings(deadline=None)
 @given(KEYS, st.floats(0.05, 5))
 def test_cutmix_pastes_one_rectangle_and_weighs_labels_by_its_area(key, alpha):
     before = IMAGES.clone()

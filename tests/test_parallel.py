@@ -63,7 +63,7 @@ SIGNALLED = """if True:
         return original(self, value)
 
     parallel.Ranks.max = counting
-    sys.exit(train.main(["train", *argv]))
+    parallel.leave(train.main(["train", *argv]))
 """
 
 

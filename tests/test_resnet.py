@@ -78,7 +78,7 @@ def test_gradients_are_those_of_jax():
 # Each formula
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3, 7]), st.sampled_from([1, 2]))
 def test_same_padding_is_that_of_xla(height, width, size, stride):
     """Output i covers the inputs from i stride - low on, where low is half of what is lacking, rounded down."""

@@ -7,14 +7,14 @@ has mean 255 and standard deviation 23; a correlation of n pairs has standard de
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitfn import rng
 
 KEYS = st.integers(0, 2**32 - 1)
 INT64 = st.integers(-(2**63), 2**63 - 1)
-calm = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+calm = settings(max_examples=50)
 
 
 def chi_square(classes: torch.Tensor, count: int) -> float:

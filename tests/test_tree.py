@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitfn
@@ -18,7 +18,7 @@ TREES = st.dictionaries(
     ),
     max_size=4,
 )
-calm = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+calm = settings(max_examples=50)
 
 
 def make_tree(dtype: torch.dtype = torch.float32) -> dict:

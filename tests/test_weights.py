@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE, SMALL, expected, nchw
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -156,7 +156,7 @@ def zoomed(grid: np.ndarray, new: tuple[int, int]) -> np.ndarray:
 SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(old=SIDES, new=SIDES, extra=st.integers(0, 1), seed=st.integers(0, 99))
 def test_resized_positions_are_those_of_scipy(old, new, extra, seed):
     positions = np.random.default_rng(seed).standard_normal((1, extra + math.prod(old), 3))
@@ -674,7 +674,7 @@ def configs(draw) -> vitfn.ViTConfig:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(configs(), st.sampled_from(list(weights.LAYOUTS)), st.sampled_from(["npz", "safetensors"]))
 def test_any_model_makes_the_round_trip_through_a_layout_or_is_refused(tmp_path_factory, config, layout, suffix):
     path = tmp_path_factory.mktemp("weights") / f"a.{suffix}"

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -43,14 +44,14 @@ class Process:
 
     def wait(self, timeout: float) -> int:
         """The exit code, minus a signal's number; who has not ended by then is killed, and TimeoutExpired raised."""
-        self._socket.settimeout(timeout)
+        in_time, _, _ = select.select([self._socket], [], [], timeout)
+        if not in_time:
+            os.kill(self.pid, signal.SIGKILL)
         with self._socket, self._answers:
-            try:
-                self.returncode = int(self._answers.readline())
-            except TimeoutError:
-                os.kill(self.pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            self.returncode = int(self._answers.readline())
         self.stdout, self.stderr = map(_text, self._streams)
+        if not in_time:
+            raise subprocess.TimeoutExpired(self.args, timeout, self.stdout, self.stderr)
         return self.returncode
 
 
@@ -127,17 +128,17 @@ def _keep(answers: int, *streams: int) -> list[str]:
 def _become(option: str, *rest: str) -> None:
     """What python does with its arguments: -c CODE, -m MODULE or SCRIPT, and those of the program."""
     paths = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
-    if option in ("-c", "-m"):
-        what, *argv = rest
+    if option == "-c":
+        code, *argv = rest
         sys.argv, sys.path[:1] = [option, *argv], ["", *paths]
+        exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
+    elif option == "-m":
+        module, *argv = rest
+        sys.argv, sys.path[:1] = [option, *argv], [os.getcwd(), *paths]
+        sys.modules.pop(module, None)  # else runpy warns
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[:1] = [option, *rest], [str(Path(option).resolve().parent), *paths]
-    if option == "-c":
-        exec(compile(what, "<string>", "exec"), vars(sys.modules["__main__"]))
-    elif option == "-m":
-        sys.modules.pop(what, None)  # else runpy warns
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
         runpy.run_path(option, run_name="__main__")
 
 

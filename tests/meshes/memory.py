@@ -52,3 +52,4 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    parallel.leave(0)  # as the command does, without the interpreter's own end beside Gloo's threads

@@ -77,6 +77,7 @@ def train(ranks: Ranks, mesh: str, placement: str, form: str, recipe: str, preci
         "curve": curve,
         "held": held,
         "predicted": of_each["predicted"],
+        "confidence": of_each["confidence"],
         "losses": of_each["losses"],
         "final": final,
     }
@@ -95,3 +96,4 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    parallel.leave(0)  # as the command does, without the interpreter's own end beside Gloo's threads

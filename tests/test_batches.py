@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -290,10 +292,32 @@ def test_workers_end_with_the_iterator(folder):
 def test_workers_are_deaf_to_interrupts(folder):
     """The terminal sends a Ctrl-C to all processes."""
     batches = evaluation_batches(files(folder), fit, batch_size=2, device="cpu", workers=2)
-    found = [next(batches)]
+    found = [next(batches), next(batches)]  # one of each
     for pid in children():
         os.kill(pid, signal.SIGINT)
     time.sleep(0.1)
     found += batches
     assert [int(x) for _, labels in found for x in labels] == list(range(20))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+SERVER_OF_ITS_OWN = """if __name__ == "__main__":
+    import multiprocessing, os, signal, sys
+    from pathlib import Path
+    from test_batches import evaluation_batches, files, fit
+
+    process = multiprocessing.get_context("forkserver").Process(target=print)
+    process.start()
+    process.join()
+    batches = evaluation_batches(files(Path(sys.argv[1])), fit, batch_size=2, device="cpu", workers=2)
+    found = [next(batches), next(batches)]
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGINT)
+    print(len([*found, *batches]))
+"""
+
+
+def test_workers_are_deaf_in_a_program_that_has_started_their_server_before(folder):
+    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+    done = warm.run(["-c", SERVER_OF_ITS_OWN, folder], env=os.environ | {"PYTHONPATH": paths})
+    assert (done.returncode, done.stdout.split()) == (0, ["10"]), done.stderr

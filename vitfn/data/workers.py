@@ -50,6 +50,7 @@ def read(decoder: Decoder, batches: Iterable[Items], workers: int, pin_memory: b
         batch_size=None,  # an item is a batch
         sampler=batches,
         num_workers=workers,
+        worker_init_fn=_deafen,
         multiprocessing_context=context,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else iter() draws from torch's own
@@ -70,9 +71,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _deafen(worker: int) -> None:
+    """In a worker, whose server a program may have started for itself before, with open ears."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
 @contextlib.contextmanager
 def _deaf_to_signals() -> Iterator[None]:
-    """Processes started in here never see SIGINT and SIGTERM, from their first instruction; this one a little later.
+    """Processes whose server is started in here never see SIGINT and SIGTERM; this one sees them a little later.
 
     A terminal and a scheduler send them to all processes of a run, and the run's own decides what to do.
     """

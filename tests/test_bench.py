@@ -291,7 +291,6 @@ def test_a_process_that_is_killed_is_reported(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("vitfn: --what=train: signal 9 ended its process")
 
 
-@pytest.mark.slow
 def test_what_a_process_dies_of_is_said_once(tmp_path):
     done = python("-m", "vitfn.bench", *OFF, "--what=input,train", "--dataset=folder", f"--data_dir={tmp_path}/absent")
     assert done.returncode == 2

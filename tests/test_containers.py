@@ -700,7 +700,6 @@ def probed(tmp_path_factory) -> dict[str, dict]:
 
 
 @linux
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "must"),
     [*((name, ("refused: ",)) for name in REFUSED), *((name, ("refused: ", "read")) for name in HARMLESS)],

@@ -194,7 +194,6 @@ def test_a_run_s_weights_are_exported_and_checked(onnx, tmp_path, capsys, flags)
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "config.json", "model.npz"]
 
 
-@pytest.mark.slow
 def test_a_program_is_exported_and_checked(tmp_path, capsys):
     vitfn.save(tmp_path / "model.npz", model(SMALL), SMALL)
     code, out, err = run(capsys, tmp_path / "model.npz", tmp_path / "a.pt2", "--batch=dynamic")

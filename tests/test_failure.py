@@ -41,10 +41,12 @@ ASK, GRACE, TORCHRUN, SLACK = 7, 10, 30, 15
 # Runs the command; before the call numbered `count` of Ranks.max, that of the rank acts, unless it was restarted.
 ACTING = """if True:
     import os, signal, sys, time
-    from vitfn import parallel, train
+    from vitfn import parallel, train, watch
 
     rank, count, act, *argv = sys.argv[1:]
-    original, calls = parallel.Ranks.max, 0
+    original, calls, lost = parallel.Ranks.max, 0, watch.Watch.lost
+    if os.environ["RANK"] == os.environ.get("LATE"):
+        watch.Watch.lost = lambda self: time.sleep(2) or lost(self)
 
     def acting(self, value):
         global calls
@@ -227,10 +229,12 @@ def test_a_process_that_hangs_is_named_and_the_run_starts_anew(undisturbed, tmp_
     ],
 )
 def test_without_a_launcher_all_end_too_and_the_first_process_may_be_the_one_that_is_lost(tmp_path, act, rank, named):
-    """It keeps the store that the others ask through."""
+    """It keeps the store that the others ask through, though one of them asks late."""
     started = time.monotonic()
     with stopped_ones_killed(tmp_path):
-        done = by_hand(tmp_path, 3, "-c", ACTING, str(rank), "12", act, *RUN, "--train_batch_size=12", "--timeout=10")
+        done = by_hand(
+            tmp_path, 3, "-c", ACTING, str(rank), "12", act, *RUN, "--train_batch_size=12", "--timeout=10", LATE="1"
+        )
     assert time.monotonic() - started <= 20 + 10 + ASK + GRACE + SLACK
     for place, process in enumerate(done):
         if place == rank:

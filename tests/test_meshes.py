@@ -1,7 +1,9 @@
 """Trees on a mesh of processes: placements, memory, and the same numbers as one process finds."""
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,11 @@ from vitfn.meshes import ONE, Mesh
 WORKERS = Path(__file__).parent / "meshes"
 MIXED = "head/.*=replicated;.*Mlp.*=optimizer;.*=sharded"
 # name, mesh, placement, compile form, recipe, precision, whether collectives overlap with computing; see training.py
-ALONE = [f"{recipe}||sharded|off|{recipe}|float32|" for recipe in ("sgd", "adamw", "frozen", "parts", "recomputed")]
-ALONE += ["bfloat16||sharded|off|frozen|bfloat16|"]
+FEW = {
+    "sharded, overlapping, frozen": "shard=2|sharded|off|frozen|float32|yes",
+    "optimizer, frozen": "shard=2|optimizer|off|frozen|float32|",
+    "data, parts": "data=2|sharded|off|parts|float32|",
+}
 ON_2 = {
     "data, sgd": "|sharded|off|sgd|float32|",
     "data, overlapping, adamw": "|sharded|off|adamw|float32|yes",
@@ -59,8 +64,16 @@ def trained(folder: Path, count: int, trainings: dict[str, str]) -> dict[str, di
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, dict]:
-    return trained(tmp_path_factory.mktemp("alone"), 1, dict(training.split("|", 1) for training in ALONE))
+def alone(tmp_path_factory) -> Callable[[str], dict]:
+    """A function: what one process makes of a training's recipe, eagerly."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def of(recipe: str, precision: str) -> dict:
+        name = f"{recipe} {precision}"
+        return trained(folder, 1, {name: f"|sharded|off|{recipe}|{precision}|"})[name]
+
+    return lambda how: of(*how.split("|")[3:5])
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -79,19 +92,18 @@ def assert_same(found: dict, expected: dict, limit: float, leaves: float = 50) -
         assert relative(found["final"][path], leaf) <= leaves * limit, path
 
 
-def alone_as(alone: dict[str, dict], how: str) -> dict:
-    *_, recipe, precision, _ = how.split("|")
-    return alone[recipe if precision == "float32" else precision]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "trainings"),
-    [pytest.param(2, ON_2, marks=pytest.mark.oldest), (4, ON_4), pytest.param(4, MORE_ON_4, marks=pytest.mark.full)],
+    [
+        (2, FEW),
+        pytest.param(2, ON_2, marks=[pytest.mark.slow, pytest.mark.oldest]),
+        pytest.param(4, ON_4, marks=pytest.mark.slow),
+        pytest.param(4, MORE_ON_4, marks=pytest.mark.full),
+    ],
 )
 def test_every_placement_makes_the_run_of_one_process(tmp_path, alone, count, trainings):
     for name, found in trained(tmp_path, count, trainings).items():
-        expected = alone_as(alone, trainings[name])
+        expected = alone(trainings[name])
         # rounding to bfloat16 turns the last bit of a sum into one of 8 bits
         assert_same(found, expected, 1e-6 if "bfloat16" not in trainings[name] else 1e-3)
         for part, whole in expected["held"].items():
@@ -108,7 +120,7 @@ def test_every_placement_makes_the_run_of_one_process(tmp_path, alone, count, tr
 def test_compiled_meshes_make_the_run_of_one_process(tmp_path, alone, trainings):
     for name, found in trained(tmp_path, 2, trainings).items():
         # AdamW divides a gradient by its own size: where it is nearly zero, its last bits are a step
-        assert_same(found, alone_as(alone, trainings[name]), 1e-6, leaves=500 if "adamw" in name else 50)
+        assert_same(found, alone(trainings[name]), 1e-6, leaves=500 if "adamw" in name else 50)
 
 
 @pytest.mark.full
@@ -242,6 +254,23 @@ RUN = [
     "--noreport",
     "--output_dir=.",
 ]
+
+
+def test_two_processes_share_a_run_that_one_goes_on_with(tmp_path):
+    short = [*RUN, "--num_steps=8", "--eval_every=4", "--checkpoint_every=4"]
+    for folder in ("alone", "shared"):
+        (tmp_path / folder).mkdir()
+    command(tmp_path / "alone", 1, *short)
+    command(tmp_path / "shared", 2, *short, "--mesh=shard=2")
+    run = tmp_path / "shared/run"
+    shutil.rmtree(run / "checkpoints/step_00000008")
+    together(run, 1, "-m", "vitfn.convert", "checkpoints/step_00000004", "gathered.npz")
+    gathered, model = (tree.flatten(vitfn.load_npz(run / name)) for name in ("gathered.npz", "model.npz"))
+    assert {path: leaf.shape for path, leaf in gathered.items()} == {path: leaf.shape for path, leaf in model.items()}
+    command(tmp_path / "shared", 1, *short, "--resume", "--mesh=")
+    pairs = list(zip(rows(run, "train"), rows(tmp_path / "alone/run", "train"), strict=True))
+    assert [row["step"] for row, _ in pairs] == list(range(1, 9))
+    assert sum(abs(a["train/loss"] - b["train/loss"]) / b["train/loss"] for a, b in pairs) / 8 <= 1e-6
 
 
 @pytest.mark.slow

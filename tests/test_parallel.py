@@ -184,7 +184,6 @@ def test_files_are_read_by_share_to_the_run_of_one_process(tmp_path):
     assert all(row["train/images_per_second"] > 0 for row in rows(tmp_path / "two/run", "train"))
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path):
     killed = by_hand(tmp_path, 2, "-c", SIGNALLED, "1", "12", str(int(signal.SIGKILL)), *RUN, "--output_dir=.")
     assert killed[1].returncode == -signal.SIGKILL

@@ -142,6 +142,7 @@ def joined(ranks: Ranks, row: device.Device, timeout: int = TIMEOUT) -> Iterator
         ranks.rank,
         ranks.count,
         "the first machine's torchrun" if launched else "process 0",
+        keeps=ranks.first and not launched,
     )
     ranks = dataclasses.replace(ranks, watch=watch, store=store if launched else None, timeout=timeout)
     try:

@@ -43,12 +43,12 @@ class Watch:
     """The thread that answers for this process, and the question that it asks the others; `begun` counts collectives.
 
     `connect` makes clients of the store that all share: a client serves one caller at a time, and the thread waits in
-    its own. `keeper` is who keeps the store. Nothing is sent before somebody asks.
+    its own. `keeper` is who keeps the store, `keeps` whether this process does. Nothing is sent before somebody asks.
     """
 
-    def __init__(self, connect: Callable[[], dist.Store], rank: int, count: int, keeper: str):
+    def __init__(self, connect: Callable[[], dist.Store], rank: int, count: int, keeper: str, keeps: bool):
         self.begun = 0
-        self._rank, self._count, self._keeper = rank, count, keeper
+        self._rank, self._count, self._keeper, self._keeps = rank, count, keeper, keeps
         self._store, self._ears = connect(), connect()
         self._ending, self._closed, self._reachable = threading.Event(), False, True
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
@@ -71,6 +71,8 @@ class Watch:
         asking.start()
         asking.join(_ANSWER + 2)
         self._reachable = self._rank in answers  # without its store, or with a stopped one's, nobody has answered
+        if self._keeps and self._reachable:
+            self._stay(answers)
         return verdict(answers, self._count) if self._reachable else f"{self._keeper} does not answer"
 
     def _ask(self, answers: dict[int, Answer]) -> None:
@@ -86,6 +88,15 @@ class Watch:
                         begun, at = self._store.get(f"answer/{rank}").decode().split(" ", 1)
                         found[rank] = Answer(int(begun), at)
             answers.update(found)
+            self._store.set(f"knows/{self._rank}", "")
+
+    def _stay(self, answers: Mapping[int, Answer]) -> None:
+        """Keeps the store for those who find out a little later, or they would take this process for the lost one."""
+        furthest = max(answer.begun for answer in answers.values())
+        others = [f"knows/{rank}" for rank, answer in answers.items() if answer.begun == furthest]
+        until = time.monotonic() + _ANSWER
+        while not self._store.check(others) and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _listen(self) -> None:
         """Waits to be asked, answers once, and ends a process that does not notice that its peers have ended."""

@@ -306,6 +306,16 @@ def test_it_is_light_to_import():
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_of_two_things_each_is_measured_in_a_process_of_its_own(tmp_path, capfd):
+    report = benched(tmp_path, *OFF, "--what=input,eval")
+    assert report["input"]["dataset"] == "digits"
+    assert report["eval"]["form"] == "off"
+    assert {"train", "compile", "parts"}.isdisjoint(report)
+    out = capfd.readouterr().out
+    assert re.search(r"^input +\S", out, re.M)
+    assert re.search(r"^eval +\S", out, re.M)
+
+
 @pytest.mark.slow
 def test_everything_is_measured_and_agrees_with_itself(tmp_path):
     done = python("-m", "vitfn.bench", *OFF, f"--out={tmp_path}")

@@ -240,7 +240,6 @@ def one_rank_finds_it(ranks: Ranks, folder: Path) -> None:
         Snapshots(folder / str(ranks.rank) if ranks.first else folder, 2, ranks).latest(state_of(0))
 
 
-@pytest.mark.slow
 def test_all_processes_choose_the_same_checkpoint(tmp_path):
     run(2, one_rank_finds_it, tmp_path)
 

@@ -1,6 +1,7 @@
 """Processes that are killed, stopped or hung, through the public command: named, restarted, and the same weights."""
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -134,11 +135,17 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    cwd = tmp_path_factory.mktemp("undisturbed")
-    with torchrun(cwd, 0, *RUN) as process:
-        assert process.wait(300) == 0, (cwd / "said").read_text()
-    return cwd
+def undisturbed(tmp_path_factory) -> Callable[[str], Path]:
+    """A function: where a run on a mesh was left alone. Another mesh sums in another order, which 300 steps show."""
+
+    @functools.cache
+    def run(mesh: str) -> Path:
+        cwd = tmp_path_factory.mktemp("undisturbed")
+        with torchrun(cwd, 0, *RUN, f"--mesh={mesh}") as process:
+            assert process.wait(300) == 0, (cwd / "said").read_text()
+        return cwd
+
+    return run
 
 
 def lines(text: str) -> list[str]:
@@ -186,7 +193,7 @@ def test_a_run_whose_processes_are_killed_at_random_ends_with_the_same_weights(u
             print(f"seed {seed}, kill {kill}: process {victim} after {logged(tmp_path)} lines")  # shown if this fails
             os.kill(there[victim], signal.SIGKILL)
         assert process.wait(300) == 0, (tmp_path / "said").read_text()
-    assert_same_weights(tmp_path, undisturbed)
+    assert_same_weights(tmp_path, undisturbed(mesh))
 
 
 # --- hung
@@ -216,7 +223,7 @@ def test_a_process_that_hangs_is_named_and_the_run_starts_anew(undisturbed, tmp_
     assert len(ended) == (act == "sleep"), said
     assert "Traceback" not in said
     assert "going on after step" in said
-    assert_same_weights(tmp_path, undisturbed)
+    assert_same_weights(tmp_path, undisturbed("data=2"))
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import re
 
 import pytest
 import torch
-from conftest import REFERENCE, SMALL, without_bar
+import warm
+from conftest import REFERENCE, ROOT, SMALL, without_bar
 from torch import Tensor
 
 import vitfn
@@ -201,6 +202,16 @@ def test_a_program_is_exported_and_checked(tmp_path, capsys):
     assert "opset" not in out
     assert "(limit 1e-04)" in out
     torch.export.load(tmp_path / "a.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.oldest
+def test_a_process_that_has_compiled_nothing_exports_a_program(tmp_path):
+    """torch 2.7's Dynamo has to be told of einops first, which compiling does too."""
+    vitfn.save(tmp_path / "model.npz", model(SMALL), SMALL)
+    done = warm.run(["-m", "vitfn.export", "model.npz", "a.pt2"], tmp_path, os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.pt2").exists()
 
 
 def absent(monkeypatch, *names):

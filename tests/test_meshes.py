@@ -11,7 +11,7 @@ import torch
 from conftest import NANO, ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parallel import command, rows, together
+from test_parallel import command, relative_error, rows, together
 
 import vitfn
 from vitfn import get_config, make_train_step, meshes, optim, train, tree, vit
@@ -268,9 +268,7 @@ def test_two_processes_share_a_run_that_one_goes_on_with(tmp_path):
     gathered, model = (tree.flatten(vitfn.load_npz(run / name)) for name in ("gathered.npz", "model.npz"))
     assert {path: leaf.shape for path, leaf in gathered.items()} == {path: leaf.shape for path, leaf in model.items()}
     command(tmp_path / "shared", 1, *short, "--resume", "--mesh=")
-    pairs = list(zip(rows(run, "train"), rows(tmp_path / "alone/run", "train"), strict=True))
-    assert [row["step"] for row, _ in pairs] == list(range(1, 9))
-    assert sum(abs(a["train/loss"] - b["train/loss"]) / b["train/loss"] for a, b in pairs) / 8 <= 1e-6
+    assert relative_error(run, tmp_path / "alone/run", 8) <= 1e-6
 
 
 @pytest.mark.slow
@@ -289,9 +287,7 @@ def test_a_run_goes_on_with_other_meshes_to_the_curve_of_one_process(tmp_path):
         command(several, count, *RUN, "--resume", *(["--mesh=shard=2"] if count == 2 else []), mesh)
     kinds = {path.name for path in (run / "checkpoints").iterdir()}
     assert kinds == {"step_00000010", "step_00000020", "step_00000030.npz", "step_00000040"}
-    pairs = list(zip(rows(run, "train"), rows(tmp_path / "alone/run", "train"), strict=True))
-    assert [row["step"] for row, _ in pairs] == list(range(1, 41))
-    assert sum(abs(a["train/loss"] - b["train/loss"]) / b["train/loss"] for a, b in pairs) / 40 <= 1e-6
+    assert relative_error(run, tmp_path / "alone/run", 40) <= 1e-6
     for found, expected in zip(rows(run, "eval"), rows(tmp_path / "alone/run", "eval"), strict=True):
         assert (found["eval/correct"], found["eval/count"]) == (expected["eval/correct"], expected["eval/count"])
     together(several, 1, "-m", "vitfn.convert", "run/checkpoints/step_00000040", "gathered.npz")

@@ -63,11 +63,14 @@ def _flat(leaf: Tensor) -> Tensor:
     return leaf.new_empty(0).set_(leaf.untyped_storage(), leaf.storage_offset(), (leaf.numel(),), (1,))
 
 
-def _in_one_graph(function: Callable, row: device.Device) -> Callable:
-    """`mode`, `options` and `dynamic` are never given, since some backends refuse them."""
-    # torch 2.7's Dynamo cannot trace into einops; importing this module registers its functions (pytorch issue 157601).
+def trace_einops() -> None:
+    """Lets torch 2.7's Dynamo trace into einops: the module that is imported registers its functions (issue 157601)."""
     import einops._torch_specific  # noqa: F401
 
+
+def _in_one_graph(function: Callable, row: device.Device) -> Callable:
+    """`mode`, `options` and `dynamic` are never given, since some backends refuse them."""
+    trace_einops()
     # Dynamo would trace into re and guard the length of its cache, which the compiler's own use of it changes.
     torch.compiler.assume_constant_result(tree.matches)
     # Dynamo keeps its cache, and the limit of its recompilations, with the code object: every caller gets a copy.

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vitfn import flags, tree, weights
 from vitfn.command import run_command
+from vitfn.compile import trace_einops
 from vitfn.config import ViTConfig
 from vitfn.errors import InputError, RunError
 from vitfn.files import replacing
@@ -124,8 +125,7 @@ def to_onnx(
 
 def to_program(params: Tree, config: ViTConfig, batch: int | None = 1, dtype: torch.dtype = torch.float32) -> bytes:
     """`apply` as a file of torch.export.save, whose state_dict has the paths of the tree, with '_' for '/'."""
-    import einops._torch_specific  # noqa: F401  (torch 2.7's Dynamo cannot trace into einops; see compile.py)
-
+    trace_einops()
     images = torch.zeros(batch or 2, config.channels, *config.image_hw, dtype=dtype)
     sizes = ({0: torch.export.Dim("batch", max=2**31 - 1)},) if batch is None else None
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from absl import flags
 
 from vitfn.errors import InputError, RunError, one_line
+from vitfn.flagfile import FlagValues
 from vitfn.parallel import process_name
 
 EXIT_FAILED = 1
@@ -27,9 +28,14 @@ def run_command(
     Of `arguments` the last may end in '...': one or more of it, which the command takes as `*args`.
     Bad input is one line on stderr and code 2, a run that cannot go on one line and code 1.
     """
-    fv = flags.FlagValues()
+    fv = FlagValues()
     flags.DEFINE_bool("help", False, "Show all flags and exit.", short_name="h", flag_values=fv)
-    flags.DEFINE_string("flagfile", "", "File of flags, one a line, that take this one's place.", flag_values=fv)
+    flags.DEFINE_string(
+        "flagfile",
+        "",
+        "File of flags, one a line, that take this one's place; the name alone finds one of vitfn's, as in quickstart.",
+        flag_values=fv,
+    )
     for group in groups:
         group(fv)
     name = process_name()

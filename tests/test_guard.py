@@ -125,4 +125,4 @@ def test_inductor_makes_few_kernels_of_it():
     metrics.reset()
     with fresh_inductor_cache():
         step()
-    assert metrics.generated_kernel_count == 37
+    assert metrics.generated_kernel_count == (29 if torch.__version__.startswith("2.7.") else 37)

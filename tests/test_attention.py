@@ -109,11 +109,17 @@ def test_a_torn_image_is_named_and_leaves_nothing(tmp_path, photo, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_a_head_is_refused(tmp_path, photo, capsys):
+def test_of_a_model_without_a_head_all_but_a_class_s_relevance_is_drawn(tmp_path, photo, capsys):
     config = dataclasses.replace(SMALL, num_classes=0)
     vitfn.save_npz(tmp_path / "model.npz", vitfn.init(config), config)
-    assert attention.main(["attention", str(tmp_path / "model.npz"), photo, f"--out={tmp_path / 'out'}"]) == 2
-    assert "found a model without a head" in capsys.readouterr().err
+    command = ["attention", str(tmp_path / "model.npz"), photo, f"--out={tmp_path / 'out'}"]
+    assert attention.main(command) == 0
+    assert "%" not in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"index.html", "rollout.png", "layers.png", "heads.png", "positions.png"} <= names
+    assert "relevance.png" not in names
+    assert attention.main([*command, "--class_name=cat"]) == 2
+    assert "expected none: the model has no head" in capsys.readouterr().err
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, photo):

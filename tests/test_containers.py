@@ -1,7 +1,10 @@
 """Files in every format: what is right is read right, damaged and hostile files are refused, written ones whole."""
 
+import argparse
 import collections
 import contextlib
+import datetime
+import enum
 import io
 import json
 import logging
@@ -185,6 +188,25 @@ def test_numbers_that_float32_does_not_have_are_read_without_a_warning(tmp_path,
     assert found["b"].float().isnan().all()
 
 
+def of_model(path, prefix: str) -> dict[str, torch.Tensor]:
+    """The arrays of a state dict that is under a key of the file's."""
+    return {name.removeprefix(prefix): leaf for name, leaf in read(path).items() if name.startswith(prefix)}
+
+
+class Anything:
+    """An object of a training script's own, of which nothing is made."""
+
+    def __init__(self) -> None:
+        self.leaf = torch.ones(2)
+
+    def __repr__(self) -> str:
+        return "Anything()"
+
+
+class Enum(enum.Enum):
+    A = 1
+
+
 def training_state() -> dict:
     """What training scripts save beside the model."""
     model = torch.nn.Linear(2, 2)
@@ -196,16 +218,67 @@ def training_state() -> dict:
 
 
 @both_of_torch_s
-@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", "module", None])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", "module", "net", "anything", None])
 def test_the_state_dict_is_found_among_what_else_a_training_script_saves(tmp_path, write, wrapper):
     write(tmp_path / "a", training_state() | ({wrapper: TIMM} if wrapper else TIMM))
-    assert_same(read(tmp_path / "a"), TIMM)
-    assert tree.flatten(vitfn.load(tmp_path / "a", CONFIG)).keys() == tree.flatten(PARAMS).keys()
+    prefix = f"{wrapper}/" if wrapper else ""
+    assert_same({name: leaf for name, leaf in of_model(tmp_path / "a", prefix).items() if name in TIMM}, TIMM)
+    found = tree.flatten(vitfn.load(tmp_path / "a", CONFIG))
+    assert all(torch.equal(leaf, found[path]) for path, leaf in tree.flatten(PARAMS).items())
+
+
+OTHER = {name: leaf + 1 for name, leaf in TIMM.items()}  # another model of the same names
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("teacher/module.backbone.", "student/module.backbone."),
+        ("model/teacher.backbone.", "model/student.backbone."),
+        ("state_dict_ema/", "state_dict/"),
+        ("model/", "model_ema/"),
+        ("target_encoder/", "encoder/"),
+        ("state_dict/base_encoder.", "state_dict/momentum_encoder."),
+        ("", "ema/"),
+    ],
+)
+def test_of_several_models_the_one_its_owner_evaluates_is_read_and_that_is_said(tmp_path, caplog, first, second):
+    content: dict = {}
+    for prefix, arrays in ((second, OTHER), (first, TIMM)):
+        *keys, begin = prefix.split("/")
+        place = content
+        for key in keys:
+            place = place.setdefault(key, {})
+        place |= {begin + name: leaf for name, leaf in arrays.items()}
+    torch.save(content, path := tmp_path / "a.pth")
+    assert torch.equal(vitfn.load(path, CONFIG)["cls"], PARAMS["cls"])
+    assert f"found the model under {first!r} and {second!r}: the first is read, FILE:PREFIX another" in caplog.text
+    if first:
+        assert torch.equal(vitfn.load(f"{path}:{second.strip('/.')}", CONFIG)["cls"], PARAMS["cls"] + 1)
+
+
+def test_without_a_model_the_keys_of_the_file_are_named(tmp_path):
+    torch.save({"epoch": 1, "net": {"a": torch.ones(2)}, "optimizer": {"b": torch.ones(3)}}, tmp_path / "a.pth")
+    message = refusal(vitfn.load, tmp_path / "a.pth")
+    assert "under the keys net, optimizer: net/a, optimizer/b" in message
+
+
+def test_a_pickled_module_is_refused_by_its_class(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")
+    assert "an object of the class torch.nn.modules.linear.Linear" in refusal(vitfn.load, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_binary_protocol_of_pickle_is_read(tmp_path, protocol):
+    torch.save({"args": argparse.Namespace(a=1), "model": TIMM}, tmp_path / "a", pickle_protocol=protocol)
+    assert_same(of_model(tmp_path / "a", "model/"), TIMM)
 
 
 BESIDE = [  # as in schedules' states and configs
     *(collections.Counter([3, 5]), torch.float16, torch.device("cpu")),
     *(b"raw", {1, 2}, {0.5: 1, None: 2, (3, 4): 5}),
+    *(argparse.Namespace(lr=0.1, model="vit"), np.float64(0.5), np.arange(3), Path("x"), Anything(), frozenset([1])),
+    *(datetime.timedelta(1), collections.defaultdict(dict, a={}), collections.deque([1]), slice(3), 3 + 4j, Enum.A),
 ]
 
 
@@ -213,8 +286,7 @@ BESIDE = [  # as in schedules' states and configs
 @pytest.mark.parametrize("beside", BESIDE, ids=repr)
 def test_a_model_is_read_whatever_lies_beside(tmp_path, write, beside):
     write(tmp_path / "a", {"state_dict": TIMM, "beside": beside})
-    assert torch.load(tmp_path / "a", weights_only=True).keys() == {"state_dict", "beside"}
-    assert_same(read(tmp_path / "a"), TIMM)
+    assert_same(of_model(tmp_path / "a", "state_dict/"), TIMM)
 
 
 @both_of_torch_s
@@ -238,7 +310,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, write, content):
     ("content", "says"),
     [
         (None, "No such file"),
-        ("folder", "Is a directory"),
+        ("folder", "a folder without weights"),
         (b"", "0 bytes"),
         (b"<!DOCTYPE html>\n<html><body>404</body></html>\n", "a web page.*download the file again"),
         (b"<html> {}</html>", "a web page"),
@@ -246,7 +318,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, write, content):
         (b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "expected a file of weights"),
         (b"PK", "cut off"),
         (bytes(8) + b"{", "no safetensors file"),
-        (pickle.dumps({"a": np.ones(3)}), "expected nothing but tensors"),
+        (pickle.dumps({"a": np.ones(3)}), "no state dict"),
     ],
     ids=lambda part: repr(part)[:20],
 )

@@ -359,7 +359,7 @@ def test_another_number_of_classes_without_names_is_refused(world, command):
     ("arguments", "parts"),
     [
         (["absent.npz"], ["absent.npz", "No such file"]),
-        (["data"], ["data: found neither model.npz nor best.npz"]),
+        (["data"], ["data: found a folder without weights"]),
         ([], ["found no arguments", "MODEL"]),
         (["model.npz", "more.npz"], ["more.npz", "MODEL"]),
         (["model.npz", "--eval_crop=nan"], ["--eval_crop=nan", "finite"]),

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -70,6 +71,29 @@ class _Stored:
         return self._done
 
 
+class _Handles:
+    """One ZIP archive, opened once by each thread that reads it.
+
+    Threads that open members of the same ZipFile find sound ones damaged, at random, on Python 3.12.0 to 3.12.8, 3.13.0
+    and 3.13.1 (CPython issue 127847).
+    """
+
+    def __init__(self, path: str):
+        self._path, self._thread, self._all = path, threading.local(), list[zipfile.ZipFile]()
+
+    @property
+    def own(self) -> zipfile.ZipFile:
+        """This thread's."""
+        if not hasattr(self._thread, "handle"):
+            self._thread.handle = zipfile.ZipFile(self._path)
+            self._all.append(self._thread.handle)
+        return self._thread.handle
+
+    def close(self) -> None:
+        for handle in self._all:
+            handle.close()
+
+
 class Archive:
     """An npz file open for reading: `shapes` and `dtypes` by array name, the archive's `comment`, arrays on demand.
 
@@ -82,22 +106,29 @@ class Archive:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = _Handles(self.path)
+            members, self.comment = self._zip.own.infolist(), self._zip.own.comment
         except OSError as error:
             raise InputError(f"{path}: expected a file of weights, found: {error.strerror or error}") from None
         except Exception:  # zipfile has several for what is not a ZIP archive
             raise InputError(f"{path}: expected a file of weights, found {what_is(self.path)}") from None
-        self._check_directory()
-        self.comment = self._zip.comment
-        self._members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
+        try:
+            self._read_headers(members)
+        except BaseException:
+            self._zip.close()
+            raise
+
+    def _read_headers(self, members: list[zipfile.ZipInfo]) -> None:
+        self._check_directory(members)
+        self._members = {info.filename.removesuffix(".npy"): info for info in members}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for name, info in self._members.items():
-            with blaming(f"{path}: {name}"), self._zip.open(info) as file:
+            with blaming(f"{self.path}: {name}"), self._zip.own.open(info) as file:
                 shape, _, dtype = _header(file)
                 expected, found = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
                 if expected != found and not dtype.hasobject:
-                    raise InputError(f"{path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
+                    raise InputError(f"{self.path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
             self.shapes[name], self.dtypes[name] = shape, _dtype_name(dtype)
 
     def __enter__(self) -> "Archive":
@@ -106,13 +137,12 @@ class Archive:
     def __exit__(self, *_) -> None:
         self._zip.close()
 
-    def _check_directory(self) -> None:
+    def _check_directory(self, members: list[zipfile.ZipInfo]) -> None:
         """Refuses what zipfile reads over: lost entries, a comment that is cut off, members under damaged names."""
-        members = self._zip.infolist()
         with open(self.path, "rb") as file:
-            file.seek(-len(self._zip.comment) - 12, os.SEEK_END)
+            file.seek(-len(self.comment) - 12, os.SEEK_END)
             entries, _, _, length = struct.unpack("<HIIH", file.read(12))
-        if entries != len(members) or length != len(self._zip.comment):
+        if entries != len(members) or length != len(self.comment):
             raise InputError(f"{self.path}: expected a file of weights, found {what_is(self.path)}")
         if not members:
             raise InputError(f"{self.path}: expected a file of weights, found a ZIP archive without arrays")
@@ -126,7 +156,7 @@ class Archive:
 
     def _open(self, info: zipfile.ZipInfo) -> Any:
         """The member as a file with readinto."""
-        file = self._zip.open(info)  # compares the member's own header with the directory
+        file = self._zip.own.open(info)  # compares the member's own header with the directory
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             return file
         file.close()

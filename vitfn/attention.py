@@ -1,8 +1,8 @@
 """What a model looks at in an image: python -m vitfn.attention MODEL IMAGE [--out=DIR]
 
 MODEL is a run's directory or a file of weights. Writes one page, index.html, and its pictures: attention rollout, what
-speaks for a class, each block's and each head's attention, how far heads look, and the model's position embeddings and
-patch filters. Needs matplotlib.
+speaks for a class (of a model with a head), each block's and each head's attention, how far heads look, and the model's
+position embeddings and patch filters. Needs matplotlib.
 """
 
 import sys
@@ -39,19 +39,20 @@ def main(argv: list[str]) -> int:
 def command(fv: FlagValues, model: str, image: str) -> None:
     """The command."""
     figures.blank(1)  # matplotlib is there
-    path, config, names, multi_label = classifier(fv, model)
+    path, config, names, multi_label, preprocessing = classifier(fv, model, needs_head=False)
     if fv.class_name is not None and fv.class_name not in names:
-        some = ", ".join(names[:_SHOWN])
-        raise InputError(f"--class_name: found {fv.class_name!r}, expected one of {len(names):,}: {some}, ...")
-    pixels = recipe.fit_for_evaluation(fv, config)(decode(image, config.channels)[None])  # (1, C, H, W)
+        some = f"one of {len(names):,}: {', '.join(names[:_SHOWN])}, ..." if names else "none: the model has no head"
+        raise InputError(f"--class_name: found {fv.class_name!r}, expected {some}")
+    pixels = recipe.fit_for_evaluation(fv, config, preprocessing)(decode(image, config.channels)[None])  # (1, C, H, W)
     params = weights.load(path)
     label = None if fv.class_name is None else names.index(fv.class_name)
     found = maps.explain(params, normalise(pixels, config), config, label)
-    guesses = likeliest(probabilities(found.logits[0], multi_label), names, _SHOWN)
+    guesses = likeliest(probabilities(found.logits[0], multi_label), names, _SHOWN) if names else []
     out = Path(fv.out)
     out.mkdir(parents=True, exist_ok=True)
-    body = [_guesses(guesses)]
-    for file, title, text, figure in pictures(params, pixels[0], config, found, fv.class_name or guesses[0].name):
+    body = [_guesses(guesses)] if guesses else []
+    name = fv.class_name or (guesses[0].name if guesses else "")
+    for file, title, text, figure in pictures(params, pixels[0], config, found, name):
         figures.save(figure, out / file)
         address = figures.png_uri((out / file).read_bytes())
         body.append(
@@ -79,7 +80,7 @@ def pictures(
 ) -> Iterator[tuple[str, str, str, "Figure"]]:
     """Each picture's file name, title, explanation and figure, for an image's pixels (C, H, W), 0 to 255.
 
-    `found` is that image's alone, for the class of this name.
+    `found` is that image's alone, for the class of this name. A model without classes has no relevance.
     """
     _, seen, gradients, part = found  # (1, K), twice (L, 1, H, N, N), (1, N)
     part = part[:, None]  # (1, 1, N)
@@ -91,13 +92,14 @@ def pictures(
         "alone (Abnar and Zuidema, 2020), whatever the class.",
         drawn.overlay_figure(image, of_image, "attention rollout"),
     )
-    of_class = maps.on_grid((part @ maps.relevance(seen, gradients))[0, 0], config)
-    yield (
-        "relevance.png",
-        f"What speaks for {printable(name)}",
-        "Attention weighted by the gradient of this class's logit (Chefer et al., 2021).",
-        drawn.overlay_figure(image, of_class, f"relevance for {printable(name)}"),
-    )
+    if gradients is not None:
+        of_class = maps.on_grid((part @ maps.relevance(seen, gradients))[0, 0], config)
+        yield (
+            "relevance.png",
+            f"What speaks for {printable(name)}",
+            "Attention weighted by the gradient of this class's logit (Chefer et al., 2021).",
+            drawn.overlay_figure(image, of_class, f"relevance for {printable(name)}"),
+        )
     of_heads = maps.on_grid((part @ seen[:, 0])[:, :, 0], config)  # (L, H, h, w)
     yield (
         "layers.png",

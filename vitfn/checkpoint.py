@@ -18,19 +18,32 @@ from tqdm import tqdm
 
 from vitfn import foreign, google
 from vitfn.archive import blaming
+from vitfn.beside import Beside, beside
 from vitfn.config import ViTConfig
 from vitfn.containers import open_file
 from vitfn.errors import InputError
 from vitfn.google import POSITIONS
-from vitfn.infer import image_size, infer
+from vitfn.infer import few, grid, image_size, infer
 from vitfn.layout import Layout, Shape
+from vitfn.preprocessing import Preprocessing
 from vitfn.vit import shapes
 
 _PREFIXES = ("", "params/", "params/img/", "opt/target/")  # of the model in Google's files, the likeliest first
+# Of several copies of a model in a file, the one that its owner's own code evaluates: timm's averaged weights, DINO's
+# teacher, I-JEPA's target; DeiT's and MoCo's own as they were trained.
+_PREFERRED = {
+    "state_dict_ema": -1,
+    "teacher": -1,
+    "target_encoder": -1,
+    "student": 1,
+    "model_ema": 1,
+    "momentum_encoder": 1,
+}
+_NAMED = 3  # arrays that an error names
 
 
 class Checkpoint:
-    """An open file of weights. `path` may name a part of an npz: `file.npz:params/img`.
+    """An open file of weights, or a folder that has one. `path` may name a part of it: `file.npz:params/img`.
 
     `arrays` are the canonical paths of each of the model's arrays, by its name in the file; `found` is the shapes of
     the leaves by path, as far as the file tells them; `elsewhere` names what the file holds beside the model; `stated`
@@ -41,11 +54,13 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike, assume: Mapping[str, Any] | None = None):
         self.path = os.fspath(path)
         filename, subtree = split_path(self.path)
+        if (part := _PART.search(filename)) and int(part[1]) > 1:
+            raise InputError(f"{filename}: found a part of a sharded model, expected its folder or its .index.json")
         with contextlib.ExitStack() as stack:
             self.file = stack.enter_context(open_file(filename))
             self._recognise(subtree)
             self.stated = self._stated()
-            self._beside = foreign.Beside({}, None) if self._is_google else self._read_beside()
+            self._beside = Beside() if self._is_google or self.stated else self._read_beside()
             self._assume = dict(assume or {})
             self.close = stack.pop_all().close
 
@@ -60,9 +75,34 @@ class Checkpoint:
         """The config that the file states, or else one inferred from names and shapes, into which all arrays fit."""
         if self.stated:
             return self.stated
-        config = infer(self.found, self._known() | self._assume, self.path, self.arrays)
+        config = infer(self.found, self._known() | self._assume, self.path, self.arrays, self._class_slots)
         self.compare(config)
         return config
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the model's images are made, if the file or one beside it says so."""
+        if (comment := _description(self.file.comment)) is None:
+            return self._beside.preprocessing
+        with _describing(self.path):
+            said = comment["vitfn"].get("preprocessing")
+            return Preprocessing(**said) if said else None
+
+    @property
+    def assumed(self) -> str:
+        """What is taken for granted about the model, since neither the file nor one beside it states it."""
+        config, known = self.config, {**self._beside.fields, **self._assume}
+        if self.stated:
+            return ""
+        pixels = "pixels in [-1, 1]" if config.mean == config.std == 0.5 else f"mean {config.mean} and std {config.std}"
+        assumed = {
+            "num_heads": "" if self._is_google else f"{config.num_heads} heads",
+            "image_size": "a square image" if config.posemb == "learn" else f"{config.image_size} px",
+            "gelu": f"{config.gelu} GELU",
+            "layer_norm_eps": f"LayerNorm epsilon {config.layer_norm_eps:g}",
+            "mean": pixels,
+        }
+        return ", ".join(text for field, text in assumed.items() if text and field not in known)
 
     @property
     def _is_google(self) -> bool:
@@ -74,21 +114,24 @@ class Checkpoint:
         return [path for path in self.found if path.endswith("/gamma")]
 
     def _recognise(self, subtree: str) -> None:
-        self.layout, self.prefix = _recognise(self.file.shapes, subtree, self.path)
+        self.layout, self.prefix, self._others = _recognise(self.file.shapes, subtree, self.path)
+        own = {name.removeprefix(self.prefix): name for name in self.file.shapes if name.startswith(self.prefix)}
+        inside = {name: self.file.shapes[full] for name, full in own.items()}
+        plain = {name: name for name in inside} if self._is_google else foreign.plain_names(inside)
         self.arrays: dict[str, tuple[str, ...]] = {}
         self.found: dict[str, Shape] = {}
-        self.elsewhere: list[str] = []
-        for own, shape in self.file.shapes.items():
-            name = own.removeprefix(self.prefix)
-            if not own.startswith(self.prefix) or re.fullmatch(self.layout.ignored, name):
-                self.elsewhere.append(own)
+        for name, shape in inside.items():
+            if name not in plain or re.fullmatch(self.layout.ignored, plain[name]):
                 continue
-            self.arrays[own] = self.layout.paths(name, shape) or (own,)
-            for path in self.arrays[own]:
+            full = own[name]
+            self.arrays[full] = self.layout.paths(plain[name], shape) or (full,)
+            for path in self.arrays[full]:
                 if path in self.found:
                     first = next(other for other, paths in self.arrays.items() if path in paths)
-                    raise InputError(f"{self.path}: found both {first} and {own}, which are the same array")
-                self.found[path] = self.layout.part(path, shape, len(self.arrays[own]))
+                    raise InputError(f"{self.path}: found both {first} and {full}, which are the same array")
+                self.found[path] = self.layout.part(path, shape, len(self.arrays[full]))
+        self.elsewhere = [name for name in self.file.shapes if name not in self.arrays]
+        self._family = foreign.family(self.layout, self.prefix, self.found, inside)
         unknown = [own for own, paths in self.arrays.items() if paths == (own,)]
         if not self._is_google and (what := foreign.unsupported(self.found, unknown)):
             raise InputError(f"{self.path}: found {what}, which vitfn does not compute")
@@ -104,26 +147,39 @@ class Checkpoint:
         self.compare(config)
         return config
 
-    def _read_beside(self) -> foreign.Beside:
-        with _describing(self.file.path):
-            return foreign.beside(self.file.path)
+    def _read_beside(self) -> Beside:
+        with _describing(f"{self.file.path}: a JSON file beside it"):
+            return beside(self.file.path, self.layout, self.found)
+
+    @property
+    def _is_big_vision(self) -> bool:
+        return self.layout in (google.BIG_VISION, google.BIG_VISION_SCAN)
+
+    @property
+    def _class_slots(self) -> tuple[int, ...]:
+        """How many positions the class token may have: none in big_vision and DeiT-III, in most others one."""
+        if self._is_big_vision or self._like_deit_3:
+            return (0,)
+        stated = self._beside.class_slot
+        return (1, 0) if stated is None else (int(stated),)
+
+    @property
+    def _like_deit_3(self) -> bool:
+        """Whether LayerScale beside a square number of positions, of which the class token can have none, says so."""
+        _, tokens, _ = positions if len(positions := self.found.get(POSITIONS, ())) == 3 else (1, 0, 0)
+        squares = [math.isqrt(max(patches, 0)) ** 2 == patches for patches in (tokens - 1, tokens)]
+        return bool(self._gammas and self._beside.class_slot is None and squares == [False, True])
 
     def _known(self) -> dict[str, Any]:
         """What files of this layout are known to have, and what is said beside this one."""
         if self._is_google:
-            big_vision = self.layout in (google.BIG_VISION, google.BIG_VISION_SCAN)
-            return {"posemb": "sincos2d"} if big_vision and POSITIONS not in self.found else {}
-        fields = self.layout.assumed
-        deit = getattr(self.file, "wrapper", None) == "model"  # as its authors publish it
-        if deit or (self._gammas and "cls" in self.found):  # DINOv2, DeiT-III
-            fields = fields | foreign.IMAGENET
-        return fields | self._beside.fields
+            return {"posemb": "sincos2d"} if self._is_big_vision and POSITIONS not in self.found else {}
+        return self.layout.assumed | self._family | self._beside.fields
 
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, where the file or one beside it states them."""
         if (comment := _description(self.file.comment)) is None:
-            names = self._beside.class_names
-            return names if names and len(names) == self.config.num_classes else None
+            return self._beside.class_names
         with _describing(self.path):
             names, beside = comment["vitfn"].get("class_names"), comment["vitfn"].get("class_names_in")
             source = str(Path(self.file.path).with_name(beside)) if beside else self.path
@@ -138,7 +194,7 @@ class Checkpoint:
     def config_for(self, target: ViTConfig) -> ViTConfig:
         """`target`, but with the sizes that the file has, where they are such as can be adapted to `target`'s.
 
-        All the file's arrays fit into it; InputError lists those that do not.
+        All the file's arrays fit into it; InputError names those that do not.
         """
         fields: dict[str, Any] = {}
         width, classes = self.found.get("pre_logits/bias", ()), self.found.get("head/bias", ())
@@ -150,14 +206,19 @@ class Checkpoint:
             fields["num_classes"] = classes[0]
         first = self.found.get("conv_root/kernel" if target.resnet else "embedding/kernel", ())
         if len(first) == 4 and first[2] not in (0, target.channels):
-            fields |= {"channels": first[2], "mean": 0.5, "std": 0.5}
-        positions = self.found.get(POSITIONS, ())
-        patches = target.num_tokens - (target.classifier == "token")
+            known = vars(self.stated) if self.stated else {"mean": 0.5, "std": 0.5} | self._known()
+            fields |= {"channels": first[2], "mean": known["mean"], "std": known["std"]}
         if self.stated:
-            fields["image_size"] = self.stated.image_size
-        elif positions[::2] == (1, target.hidden_size) and positions[1] not in (patches, target.num_tokens):
-            classifier = "token" if "cls" in self.found else target.classifier
-            fields["image_size"] = image_size(self.found, vars(target) | {"classifier": classifier}, self.path)
+            fields |= {"image_size": self.stated.image_size}
+        elif target.posemb == "learn" and len(self.found.get(POSITIONS, ())) == 3:
+            stem = (target.patch_size, target.resnet)
+            has_class = "cls" in self.found or target.classifier == "token"
+            rows_columns = grid(self.found, has_class, self.path, self._class_slots, target.grid)
+            fields["image_size"] = self._known().get("image_size") or image_size(*rows_columns, *stem)
+            if image_size(*target.grid, *stem) == fields["image_size"]:
+                fields["image_size"] = target.image_size  # of hybrids more than one
+        if target.posemb_resize is None:
+            fields["posemb_resize"] = self.stated.posemb_resize if self.stated else self._known().get("posemb_resize")
         config = dataclasses.replace(target, **fields)
         self.compare(config)
         return config
@@ -182,7 +243,7 @@ class Checkpoint:
         return leaves | dict.fromkeys(self._gammas, (config.hidden_size,))
 
     def compare(self, config: ViTConfig) -> None:
-        """Raises an InputError that lists every difference between the file's arrays and the model's."""
+        """Raises an InputError for differences between the file's arrays and the model's."""
         expected = self._leaves(config)
         names = {path: own for own, paths in self.arrays.items() for path in paths}
         parts: dict[str, list[str]] = {}
@@ -229,10 +290,19 @@ class Checkpoint:
 
     @property
     def said(self) -> list[str]:
-        """A line for each thing in which the tree will differ from the file."""
-        said = [f"{name} ignored: no part of the model" for name in self.elsewhere[:3]]
-        if len(self.elsewhere) > 3:
-            said[2:] = [f"{len(self.elsewhere) - 2} other arrays ignored: no part of the model"]
+        """A line for each thing in which the tree will differ from the file, or that was chosen."""
+        said = [*self._beside.said]
+        if self._others:
+            others = f"{self._others[0]!r}" + (f" and {len(self._others) - 1} more" if self._others[1:] else "")
+            said.append(f"found the model under {self.prefix!r} and {others}: the first is read, FILE:PREFIX another")
+        if left := [name for name in self.elsewhere if not name.startswith(tuple(self._others))]:
+            words = (re.split(r"[./]", name.removeprefix(self.prefix))[0] for name in left)
+            parts = list(dict.fromkeys("decoder" if word.startswith("decoder") else word for word in words))
+            parts = left if len(left) <= _NAMED else parts
+            count = "" if parts is left else f" ({len(left)} arrays)"
+            said.append(f"{few(parts)}{count} ignored: no part of the model")
+        if not self.stated and self._like_deit_3:
+            said.append("positions taken for those of a square grid, and none for the class token, as in DeiT-III")
         if self._gammas:
             said.append("LayerScale folded into the layer before it: the same function, up to rounding")
         if self.lacks_attention_biases:
@@ -240,42 +310,48 @@ class Checkpoint:
         return said
 
 
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
 _ATTENTION_BIAS = re.compile(r".*/(query|key|value)/bias")
 
 
 def split_path(path: str) -> tuple[str, str]:
     """'file.npz:params/img' -> ('file.npz', 'params/img/'); any other path is a file as a whole."""
-    match = re.fullmatch(r"(.+\.npz):([^:\\]*)", path)
+    match = re.fullmatch(r"(.+\.(?:npz|safetensors|pth?|tar|bin|ckpt|pkl)):([^:\\]*)", path)
     if match is None or os.path.exists(path):
         return path, ""
     return match[1], match[2].strip("/") + "/" if match[2].strip("/") else ""
 
 
-def _recognise(names: Mapping[str, Shape], subtree: str, path: str) -> tuple[Layout, str]:
-    """The layout of the names, and the prefix of those that are the model's."""
-    roots = (subtree, f"params/{subtree}", f"opt/target/{subtree}") if subtree else ("",)
-    root = next((root for root in roots if any(name.startswith(root) for name in names)), None)
-    candidates: list[tuple[int, Layout, str]] = []
+def _recognise(names: Mapping[str, Shape], subtree: str, path: str) -> tuple[Layout, str, tuple[str, ...]]:
+    """The layout of the names, the prefix of those that are the model's, and those of other models like it."""
+    subtrees = (subtree, f"{subtree[:-1]}.", f"params/{subtree}", f"opt/target/{subtree}")
+    root = next((root for root in subtrees if any(name.startswith(root) for name in names)), None) if subtree else ""
+    candidates: list[tuple[int, Layout, str, list[str]]] = []
     for layout in (google.ORIGINAL, *foreign.LAYOUTS, *foreign.READ_ONLY):
         anchors = (re.fullmatch(layout.anchor, name) for name in names if root is not None and name.startswith(root))
         prefixes = {root + match[1].removeprefix(root) for match in anchors if match and root is not None}
         if prefixes:
-            prefix = min(prefixes, key=lambda found: (_rank(found.removeprefix(root or "")), found))
+            prefix, *others = sorted(prefixes, key=lambda found: _rank(found.removeprefix(root or "")))
             known = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
             count = sum(bool(layout.paths(name, names[prefix + name])) for name in known)
-            candidates.append((count, layout, prefix))
+            candidates.append((count, layout, prefix, others))
     if not candidates:
-        listed, where = ", ".join(sorted(names)[:3]), f" under {subtree}" if subtree else ""
-        raise InputError(f"{path}: found arrays ({listed}, ...) that are not a plain Vision Transformer's{where}")
-    _, layout, prefix = max(candidates, key=lambda candidate: candidate[0])
+        listed, where = few(names), f" under {subtree}" if subtree else ""
+        keys = {name.partition("/")[0] for name in names if "/" in name}
+        listed = listed if not keys or subtree else f"under the keys {few(keys, 5)}: {listed}"
+        raise InputError(f"{path}: found arrays ({listed}) that are not a plain Vision Transformer's{where}")
+    _, layout, prefix, others = max(candidates, key=lambda candidate: candidate[0])
     if layout is google.ORIGINAL:
         layout = google.which({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
-    return layout, prefix
+        others = []  # of an optimizer, whose tree has the same names
+    return layout, prefix, tuple(others)
 
 
-def _rank(prefix: str) -> int:
-    """Where to look for the model first: an optimizer's state may have a tree of the same names."""
-    return _PREFIXES.index(prefix) if prefix in _PREFIXES else len(_PREFIXES)
+def _rank(prefix: str) -> tuple[int, int, int, str]:
+    """Which of several models in a file comes first: Google's, then by `_PREFERRED`, then the one on top."""
+    words = re.split(r"[./]", prefix)
+    place = _PREFIXES.index(prefix) if prefix in _PREFIXES else len(_PREFIXES)
+    return place, sum(_PREFERRED.get(word, 0) for word in words), len(words), prefix
 
 
 def stored_shape(layout: Layout, leaves: Mapping[str, Shape]) -> Shape:
@@ -285,14 +361,15 @@ def stored_shape(layout: Layout, leaves: Mapping[str, Shape]) -> Shape:
 
 
 def compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: object) -> None:
-    """An InputError that lists every difference between two sets of named shapes."""
+    """An InputError for the differences between two sets of named shapes, of which it lists a few."""
     differences = [f"missing {name} {expected[name]}" for name in expected if name not in found]
     differences += [f"extra {name} {found[name]}" for name in found if name not in expected]
     for name in expected:
         if name in found and found[name] != expected[name]:
             differences.append(f"{name} has shape {found[name]}, expected {expected[name]}")
     if differences:
-        raise InputError(f"{what}: not the arrays of this model: " + "; ".join(differences))
+        more = f"; and {len(differences) - _NAMED} more" if differences[_NAMED:] else ""
+        raise InputError(f"{what}: not the arrays of this model: " + "; ".join(differences[:_NAMED]) + more)
 
 
 def _description(comment: bytes) -> dict[str, Any] | None:

@@ -48,7 +48,8 @@ class ViTConfig:
     feature map, any image size is allowed, and what a last patch lacks is left out, as Google's convolution does.
     `classifier` pools the class token, the mean of the tokens ('gap'), or by an attention head ('map').
     `num_classes` 0 is a model without head, whose outputs are features. `mean` and `std` normalise pixels scaled to
-    [0, 1]: one number for all channels, or one for each.
+    [0, 1]: one number for all channels, or one for each. `posemb_resize` is how positions become those of another grid,
+    one of `RESIZES`; None is as the model's owner does it where weights are read, and Google's way elsewhere.
     """
 
     name: str = "ViT"
@@ -63,6 +64,7 @@ class ViTConfig:
     classifier: Literal["token", "gap", "map"] = "token"
     representation_size: int | None = None
     posemb: Literal["learn", "sincos2d"] = "learn"
+    posemb_resize: str | None = None
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -152,7 +154,16 @@ _SIZES = {  # and the least each may be
     "num_classes": 0,
     "representation_size": 1,
 }
-_CHOICES = {"classifier": ("token", "gap", "map"), "posemb": ("learn", "sincos2d"), "gelu": ("tanh", "erf")}
+# How position embeddings are resized, and by whom: corner-aligned bilinear (Google), bicubic (transformers, DeiT, MAE),
+# with antialiasing (timm, DINOv2 with registers), corner-aligned (torchvision), by a scale factor of (new + 0.1) / old
+# (Meta's own DINO and DINOv2). All but the corner-aligned ones have half-pixel centres.
+RESIZES = ("bilinear_corners", "bicubic", "bicubic_antialias", "bicubic_corners", "bicubic_offset")
+_CHOICES = {
+    "classifier": ("token", "gap", "map"),
+    "posemb": ("learn", "sincos2d"),
+    "posemb_resize": (*RESIZES, None),
+    "gelu": ("tanh", "erf"),
+}
 
 # hidden_size, num_layers, num_heads, mlp_dim: table 1 of the paper (arXiv 2010.11929), table 2 of AugReg (2106.10270),
 # table 2 of 'Scaling Vision Transformers' (2106.04560), So400m of 2305.13035; Nano is vitfn's own, for 32-pixel

@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,13 @@ from vitfn.sharded import Directory, is_complete
 from vitfn.torchfile import TorchFile
 
 FORMATS = ("npz", "safetensors")  # those that can be written
+RUN_FILES = ("model.npz", "best.npz")  # a run's weights, the ones to take first
+_HUB_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class File(Protocol):
@@ -38,12 +46,26 @@ class File(Protocol):
     def __exit__(self, *_) -> None: ...
 
 
+def located(path: str | os.PathLike) -> str:
+    """The file of weights in a folder, a run's or one of the hub's; any other path as it is."""
+    if not os.path.isdir(path) or is_complete(path):
+        return os.fspath(path)
+    for name in (*RUN_FILES, *_HUB_FILES):
+        if os.path.exists(found := os.path.join(path, name)):
+            return found
+    expected = ", ".join((*RUN_FILES, *_HUB_FILES))
+    raise InputError(f"{path}: found a folder without weights, expected a file of weights or one of {expected} in it")
+
+
 def open_file(path: str | os.PathLike) -> File:
     """The file opened by its content, whatever its name. Raises InputError for what holds no arrays."""
     if is_complete(path):
         directory = Directory(path)
         directory.verify()
         return Gathered(directory)
+    path = located(path)
+    if path.endswith(".index.json"):
+        return Shards(path)
     try:
         with open(path, "rb") as file:
             start = file.read(16)
@@ -104,6 +126,35 @@ def _parts(leaf: Tensor, parts: int, what: str) -> list[Tensor]:
     if not leaf.is_floating_point():
         raise InputError(f"{what}: found an array of {leaf.dtype}, expected floating-point numbers")
     return list(leaf.detach().chunk(parts)) if parts > 1 else [leaf.detach()]
+
+
+class Shards:
+    """Weights in several files, of which the index, `*.index.json`, says which has which array."""
+
+    kind = "sharded"
+    owned = False
+    comment = b""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        with blaming(self.path, "no index of sharded weights"), open(path, "rb") as file:
+            where = json.load(file)["weight_map"]
+            if outside := [name for name in where.values() if Path(name).name != name]:
+                raise ValueError(f"{outside[0]} is no file's name")
+            files = {name: open_file(Path(path).with_name(name)) for name in sorted(set(where.values()))}
+            self._files = {array: files[name] for array, name in where.items()}
+            self.shapes = {array: file.shapes[array] for array, file in self._files.items()}
+            self.dtypes = {array: file.dtypes[array] for array, file in self._files.items()}
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for file in set(self._files.values()):
+            file.__exit__(*error)
+
+    def read(self, name: str, parts: int = 1) -> list[Tensor]:
+        return self._files[name].read(name, parts)
 
 
 def write_file(path: str | os.PathLike, arrays: Iterable[tuple[str, Tensor]], comment: bytes = b"") -> None:

@@ -16,6 +16,7 @@ from absl.flags import FlagValues
 from torch import Tensor
 
 from vitfn import flags, flagtypes
+from vitfn.adapt import with_channels
 from vitfn.checkpoint import Checkpoint, split_path
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
@@ -43,7 +44,7 @@ def convert(fv: FlagValues, source: str, destination: str) -> None:
             save_leaves(destination, _Leaves(checkpoint), checkpoint.found, own, class_names, layout.name)
         else:
             params, said = read(checkpoint, own, target)
-            save(destination, params, target, class_names, layout.name)
+            save(destination, params, target, class_names, layout.name, checkpoint.preprocessing)
     height, width = target.image_hw
     parameters = sum(map(math.prod, shapes(target).values()))
     rows = [
@@ -78,17 +79,10 @@ def _target(fv: FlagValues, own: ViTConfig) -> ViTConfig:
     fields: dict[str, Any] = {field: fv[flag].value for field, flag in flag_of.items() if fv[flag].value is not None}
     if fv.pre_logits == "drop":
         fields["representation_size"] = None
-    if fields.get("channels", own.channels) != own.channels:
-        fields |= {name: _mean(getattr(own, name)) for name in ("mean", "std")}
     try:
-        return dataclasses.replace(own, **fields)
+        return dataclasses.replace(with_channels(own, fields.get("channels", own.channels)), **fields)
     except InputError as error:
         raise InputError(f"--img_size, --num_classes, --channels: {error}") from None
-
-
-def _mean(values: float | tuple[float, ...]) -> float:
-    """One number for all channels, where there will be others."""
-    return sum(values) / len(values) if isinstance(values, tuple) else values
 
 
 def caveats(config: ViTConfig, layout: Layout) -> list[str]:
@@ -96,15 +90,15 @@ def caveats(config: ViTConfig, layout: Layout) -> list[str]:
     lines = []
     theirs_of = _GOOGLE | layout.assumed
     for field, what in _ARITHMETIC.items():
-        if (found := getattr(config, field)) != (theirs := theirs_of[field]):
+        if (found := getattr(config, field) or _GOOGLE[field]) != (theirs := theirs_of[field]):
             lines.append(f"this model has {what} {found}, {layout.name}'s own code {theirs} unless told otherwise")
     if config.resnet and layout.name in _HYBRIDS:
         lines.append(_HYBRIDS[layout.name])
     return lines
 
 
-_GOOGLE: dict[str, Any] = {"gelu": "tanh", "layer_norm_eps": 1e-6}
-_ARITHMETIC = {"gelu": "GELU", "layer_norm_eps": "LayerNorm epsilon"}
+_GOOGLE: dict[str, Any] = {"gelu": "tanh", "layer_norm_eps": 1e-6, "posemb_resize": "bilinear_corners"}
+_ARITHMETIC = {"gelu": "GELU", "layer_norm_eps": "LayerNorm epsilon", "posemb_resize": "positions resized by"}
 _HYBRIDS = {
     "timm": "timm divides by sqrt(var + 1e-8) where Google standardises a kernel by (std + 1e-5): vitfn does as Google",
     "seed": "the seed pads, standardises and normalises otherwise than Google, as whom vitfn computes hybrids",

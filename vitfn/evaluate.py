@@ -100,7 +100,7 @@ def command(fv: FlagValues, model: str) -> None:
     path, run = weights.find(model)
     recipe.take(fv, run)
     recipe.check_eval_crop(fv)
-    described = weights.describe(path)
+    described, preprocessing, _ = weights.details(path)
     row = device.find(fv.device)
     precision = device.resolved_precision(row, fv.precision)
     dataset = load(
@@ -110,6 +110,7 @@ def command(fv: FlagValues, model: str) -> None:
         channels=described.config.channels,
         val_fraction=fv.val_fraction,
         seed=run.get("seed", 42),
+        train_fraction=fv.train_fraction,
     )
     config = described.config
     chosen = joined(dataset) if fv.split == "all" else getattr(dataset, fv.split)
@@ -131,7 +132,7 @@ def command(fv: FlagValues, model: str) -> None:
         split.to(row.name),
         config,
         fv.eval_batch_size,
-        fit=recipe.fit_for_evaluation(fv, config),
+        fit=recipe.fit_for_evaluation(fv, config, preprocessing),
         workers=fv.num_workers,
         on_bad=fv.bad_images,
     )

@@ -1,13 +1,10 @@
 """Other people's layouts: timm, Hugging Face transformers, torchvision, DINOv2, DeiT, and the seed."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vitfn.config import ViTConfig
-from vitfn.errors import InputError
 from vitfn.google import POSITIONS
 from vitfn.layout import Layout, Shape, renaming, torch_part, torch_restore, torch_store
 
@@ -63,6 +60,7 @@ _TORCHVISION = {
     "encoder.ln.*": "Transformer/encoder_norm/*",
     "heads.pre_logits.*": "pre_logits/*",
     "heads.head.*": "head/*",
+    "heads.*": "head/*",  # replaced by hand
 }
 _SEED = {
     "transformer.embeddings.cls_token": "cls",
@@ -129,6 +127,26 @@ _HUGGING_FACE_DINOV2 = _HUGGING_FACE_EMBEDDINGS | {
     "encoder.layer.{}.mlp.fc2.*": f"{_MLP}/Dense_1/*",
     "encoder.layer.{}.layer_scale2.lambda1": f"{_MLP}/Dense_1/gamma",
 }
+_HUGGING_FACE_SIGLIP = {
+    "embeddings.patch_embedding.*": "embedding/*",
+    "embeddings.position_embedding.weight": POSITIONS,
+    "encoder.layers.{}.layer_norm1.*": f"{_BLOCK}/LayerNorm_0/*",
+    "encoder.layers.{}.self_attn.q_proj.*": f"{_ATTENTION}/query/*",
+    "encoder.layers.{}.self_attn.k_proj.*": f"{_ATTENTION}/key/*",
+    "encoder.layers.{}.self_attn.v_proj.*": f"{_ATTENTION}/value/*",
+    "encoder.layers.{}.self_attn.out_proj.*": f"{_ATTENTION}/out/*",
+    "encoder.layers.{}.layer_norm2.*": f"{_BLOCK}/LayerNorm_2/*",
+    "encoder.layers.{}.mlp.fc1.*": f"{_MLP}/Dense_0/*",
+    "encoder.layers.{}.mlp.fc2.*": f"{_MLP}/Dense_1/*",
+    "post_layernorm.*": "Transformer/encoder_norm/*",
+    "head.probe": "MAPHead_0/probe",
+    "head.attention.in_proj_*": f"{_MAP}/(query,key,value)/*",
+    "head.attention.out_proj.*": f"{_MAP}/out/*",
+    "head.layernorm.*": "MAPHead_0/LayerNorm_0/*",
+    "head.mlp.fc1.*": "MAPHead_0/MlpBlock_0/Dense_0/*",
+    "head.mlp.fc2.*": "MAPHead_0/MlpBlock_0/Dense_1/*",
+    "classifier.*": "head/*",
+}
 
 
 def _layout(name: str, anchor: str, table: dict[str, str], ignored: str = r"(?!)", **assumed: Any) -> Layout:
@@ -141,14 +159,27 @@ def _layout(name: str, anchor: str, table: dict[str, str], ignored: str = r"(?!)
         torch_part,
         torch_store,
         torch_restore,
-        {"gelu": "erf"} | assumed,
+        {"gelu": "erf", "posemb_resize": "bicubic"} | assumed,
         ignored,
         classifiers=("token",),
     )
 
 
+# What models that learn by filling in masks, and those of images and text, have beside their encoder.
+_MASKS = (
+    r"(\w+\.)?(embeddings\.)?(mask_token|position_ids)|decoder(_\w+)?(\..*)?"
+    r"|text_model\..*|(text|visual)_projection\..*|logit_(scale|bias)"
+)
+
+
 def _timm() -> Layout:
-    layout = _layout("timm", r"((?:.*\.)?)patch_embed\.proj\.weight", _TIMM, ignored="mask_token")
+    layout = _layout(
+        "timm",
+        r"((?:.*[./])?)patch_embed\.proj\.weight",
+        _TIMM,
+        ignored=_MASKS,
+        posemb_resize="bicubic_antialias",
+    )
 
     def own(path: str, config: ViTConfig) -> str:
         name = layout.own(path, config)
@@ -160,8 +191,9 @@ def _timm() -> Layout:
 
 def _hugging_face(name: str, table: dict[str, str], **assumed: Any) -> Layout:
     """The base model's names, under a prefix of their own ('vit.') where there is a classifier beside it."""
-    anchor = r"((?:.*\.)??)(?:\w+\.)?embeddings\.patch_embeddings\.projection\.weight"
-    layout = _layout(name, anchor, table, ignored=r"(\w+\.)?embeddings\.mask_token", **assumed)
+    kernel = "patch_embedding" if table is _HUGGING_FACE_SIGLIP else "patch_embeddings.projection"
+    anchor = rf"((?:.*[./])??)(?:\w+\.)?embeddings\.{re.escape(kernel)}\.weight"
+    layout = _layout(name, anchor, table, ignored=_MASKS, **assumed)
 
     def paths(name: str, shape: Shape) -> tuple[str, ...]:
         return layout.paths(name, shape) or layout.paths(name.partition(".")[2], shape)
@@ -173,14 +205,60 @@ def _hugging_face(name: str, table: dict[str, str], **assumed: Any) -> Layout:
     return layout._replace(paths=paths, own=own)
 
 
+def plain_names(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """What a layout's table calls the arrays of a model, by their names, which training scripts change.
+
+    What lies in a dict beside them ('optimizer/state/...') has none. DINOv2's own runs put blocks into chunks
+    ('blocks.1.6.norm1'), and a head that was replaced by hand is a layer in others ('head.1.weight'), which is the head
+    if it alone is linear.
+    """
+    names = {name: re.sub(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.", name) for name in shapes if "/" not in name}
+    heads = {name.removesuffix(".weight") for name in shapes if _HEAD.fullmatch(name) and len(shapes[name]) == 2}
+    if len(heads) == 1:
+        (head,) = heads
+        plain = head.rpartition(".")[0]
+        names |= {f"{head}.{leaf}": f"{plain}.{leaf}" for leaf in ("weight", "bias") if f"{head}.{leaf}" in shapes}
+    if "classifier.weight" in names.values():  # of SigLIP, over the mean of the tokens, without the tower's head
+        return {name: plain for name, plain in names.items() if not re.match(r"(vision_model\.)?head\.", name)}
+    return names
+
+
+_HEAD = re.compile(r"(heads?|classifier)\.\d+\.weight")
+
+
+def family(layout: Layout, prefix: str, found: Mapping[str, Shape], names: Collection[str]) -> dict[str, Any]:
+    """What is known of a file in timm's names by whose it is: the prefix, and the other arrays under it, tell."""
+    if layout is not TIMM:
+        return {}
+    words = re.split(r"[./]", prefix)
+    if any(name.startswith("decoder") for name in names):  # MAE
+        return {"posemb_resize": "bicubic", **IMAGENET}
+    chunked = any(re.match(r"blocks\.\d+\.\d+\.", name) for name in names)
+    if chunked or "mask_token" in names or not {"teacher", "student"}.isdisjoint(words):  # Meta's DINO and DINOv2
+        return {"posemb_resize": "bicubic_offset", **IMAGENET}
+    if words[0] == "model" and prefix.startswith("model/"):  # DeiT
+        return {"posemb_resize": "bicubic", **IMAGENET}
+    scaled = any(path.endswith("/gamma") for path in found)
+    return IMAGENET if scaled and "cls" in found else {}  # timm's copies of DINOv2 and DeiT-III
+
+
 TIMM = _timm()
-TORCHVISION = _layout("torchvision", r"((?:.*\.)?)conv_proj\.weight", _TORCHVISION, **IMAGENET)
-SEED = _layout("seed", r"((?:.*\.)?)transformer\.embeddings\.patch_embeddings\.weight", _SEED, dropout_rate=0.1)
+TORCHVISION = _layout(
+    "torchvision", r"((?:.*[./])?)conv_proj\.weight", _TORCHVISION, posemb_resize="bicubic_corners", **IMAGENET
+)
+SEED = _layout(
+    "seed",
+    r"((?:.*[./])?)transformer\.embeddings\.patch_embeddings\.weight",
+    _SEED,
+    dropout_rate=0.1,
+    posemb_resize="bilinear_corners",
+)
 HUGGING_FACE = _hugging_face("huggingface", _HUGGING_FACE, layer_norm_eps=1e-12)
 HUGGING_FACE_5 = _hugging_face("huggingface5", _HUGGING_FACE_5, layer_norm_eps=1e-12)
 HUGGING_FACE_DINOV2 = _hugging_face("huggingface_dinov2", _HUGGING_FACE_DINOV2, **IMAGENET)
+HUGGING_FACE_SIGLIP = _hugging_face("huggingface_siglip", _HUGGING_FACE_SIGLIP, gelu="tanh")
 LAYOUTS = (TIMM, HUGGING_FACE, HUGGING_FACE_5, TORCHVISION, SEED)
-READ_ONLY = (HUGGING_FACE_DINOV2,)
+READ_ONLY = (HUGGING_FACE_DINOV2, HUGGING_FACE_SIGLIP)
 
 # Names by which one knows an architecture that vitfn does not compute.
 _REFUSED = {
@@ -190,11 +268,11 @@ _REFUSED = {
     r"mlp\.(w12|w3|fc1_g|norm|gate_proj|up_proj)|weights_in": "a gated or normalised MLP",
     r"q_bias|v_bias": "a query and value bias without a key's",
     r"dist_token|distillation_token|head_dist": "a distillation token",
-    r"norm_pre|pre_layernorm": "a norm before the first block",
+    r"norm_pre|pre_layr?norm": "a norm before the first block",
     r"fc_norm": "a norm after pooling",
     r"relative_position|rel_pos": "relative positions",
     r"patchln_": "normalised patches",
-    r"gamma_[12]\b": "LayerScale under a name that plain Vision Transformers do not have",
+    r"gamma_[12]\b": "LayerScale under a name that plain Vision Transformers do not have",  # EVA
 }
 
 
@@ -209,39 +287,7 @@ def unsupported(found: Mapping[str, Shape], unknown: Collection[str]) -> str | N
     outputs, inputs = (found.get(f"{_MLP.format(0)}/Dense_{i}/kernel", ()) for i in (0, 1))
     if len(outputs) == len(inputs) == 2 and outputs[1] == 2 * inputs[0]:
         return f"a gated MLP (of {outputs[1]} features, {inputs[0]} go on)"
+    width, head = found.get("embedding/kernel", ())[3:], found.get("head/kernel", ())[:1]
+    if width and head == (2 * width[0],):
+        return "a head over the class token beside the mean of the patches"
     return None
-
-
-class Beside(NamedTuple):
-    """What the JSON files beside a model say: fields of the config, and the class names."""
-
-    fields: dict[str, Any]
-    class_names: tuple[str, ...] | None
-
-
-def beside(path: str) -> Beside:
-    """What transformers' and timm's config.json and preprocessor_config.json say about a file in the same folder."""
-    config, processor = (_json(Path(path).with_name(f"{name}.json")) for name in ("config", "preprocessor_config"))
-    normalisation = config.get("pretrained_cfg", processor)
-    fields = {ours: config[theirs] for theirs, ours in _THEIRS.items() if theirs in config}
-    for ours in ("mean", "std"):
-        if (value := normalisation.get(ours, normalisation.get(f"image_{ours}"))) is not None:
-            fields[ours] = value
-    if "hidden_act" in config:
-        if config["hidden_act"] not in _GELU:
-            raise InputError(f"{path}: found hidden_act {config['hidden_act']!r}, expected one of {', '.join(_GELU)}")
-        fields["gelu"] = _GELU[config["hidden_act"]]
-    names = config.get("id2label")
-    return Beside(fields, tuple(names[str(i)] for i in range(len(names))) if names else None)
-
-
-_THEIRS = {"num_attention_heads": "num_heads", "layer_norm_eps": "layer_norm_eps", "image_size": "image_size"}
-_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -12,11 +12,18 @@ from vitfn.layout import Shape
 _BLOCK = "Transformer/encoderblock_0"
 
 
-def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str, names: Iterable[str]) -> ViTConfig:
+def infer(
+    found: Mapping[str, Shape],
+    fields: Mapping[str, Any],
+    path: str,
+    names: Iterable[str],
+    class_slots: tuple[int, ...] = (1, 0),
+) -> ViTConfig:
     """The config of a model with leaves of these shapes, by path; `fields` are known otherwise and come first.
 
-    Where attention is stored without its heads, a published model's are assumed, or heads of 64. Raises InputError for
-    what is no Vision Transformer, with some of the arrays' names in the file at `path`.
+    Where attention is stored without its heads, a published model's are assumed, or heads of 64. `class_slots` is as
+    in `grid`. Raises InputError for what is no Vision Transformer, with some of the arrays' names in the file at
+    `path`.
     """
     try:
         patch_size, _, channels, hidden_size = found["embedding/kernel"]
@@ -37,27 +44,59 @@ def infer(found: Mapping[str, Shape], fields: Mapping[str, Any], path: str, name
             "representation_size": found.get("pre_logits/bias", (None,))[0],
         }
         if "image_size" not in fields and fields.get("posemb") != "sincos2d":
-            sizes["image_size"] = image_size(found, sizes, path)
+            rows, columns = grid(found, sizes["classifier"] == "token", path, class_slots)
+            sizes["image_size"] = image_size(rows, columns, patch_size, sizes["resnet"])
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, OverflowError):
-        listed = ", ".join(sorted(names)[:3])
-        raise InputError(f"{path}: found arrays ({listed}, ...) that are not a plain Vision Transformer's") from None
+        raise InputError(f"{path}: found arrays ({few(names)}) that are not a plain Vision Transformer's") from None
     try:
         return ViTConfig(**(_published(sizes) | sizes | dict(fields)))
     except (InputError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def image_size(found: Mapping[str, Shape], sizes: Mapping[str, Any], path: str) -> int:
-    """The side in pixels of the square image that the position embeddings are for."""
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    first = sorted(names)
+    return ", ".join(first[:most]) + (f" and {len(first) - most} more" if first[most:] else "")
+
+
+def image_size(rows: int, columns: int, patch_size: int, resnet: ResNetConfig | None) -> int | tuple[int, int]:
+    """The size in pixels of an image of so many patches: the side of a square one, or (height, width)."""
+    pixels = patch_size * math.prod(resnet.strides if resnet else ())
+    return rows * pixels if rows == columns else (rows * pixels, columns * pixels)
+
+
+def grid(
+    found: Mapping[str, Shape],
+    has_class: bool,
+    path: str,
+    class_slots: tuple[int, ...] = (1, 0),
+    target: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """The (rows, columns) of patches that position embeddings are for: a square, or of the ratio of a `target` grid.
+
+    `class_slots` are how many positions a class token may have, 1 or 0, the likelier first. Where both may be, it has
+    one: without, every grid of (k - 1) x (k + 1) patches would pass for k x k. Raises InputError where none fits.
+    """
     _, tokens, _ = found[POSITIONS]
-    slots = (1, 0) if sizes["classifier"] == "token" else (0,)  # big_vision and DeiT-III have none for the class token
-    for slot in slots:
-        side = math.isqrt(max(tokens - slot, 0))
-        if side and side * side == tokens - slot:
-            return side * sizes["patch_size"] * math.prod(sizes["resnet"].strides if sizes["resnet"] else ())
-    raise InputError(f"{path}: found {tokens - slots[0]} patch positions, expected a square number of them")
+    if target and tokens - math.prod(target) in ((1, 0) if has_class else (0,)):
+        return target
+    for slots in class_slots if has_class else (0,):
+        patches, doubtful = tokens - slots, has_class and slots == 0 and len(class_slots) > 1
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches and not doubtful:
+            return side, side
+        if target and target[0] != target[1] and not doubtful:
+            rows = math.isqrt(max(patches * target[0] // target[1], 0))
+            if rows and rows * rows * target[1] == patches * target[0] and patches % rows == 0:
+                return rows, patches // rows
+    known = f"{tokens} positions" + (", of which the class token may have one" if has_class else "")
+    raise InputError(
+        f"{path}: found {known}, which no square grid of patches has; say which with "
+        "python -m vitfn.convert IN OUT --assume=image_size=HEIGHTxWIDTH"
+    )
 
 
 def _stem(found: Mapping[str, Shape]) -> ResNetConfig | None:

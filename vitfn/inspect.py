@@ -13,7 +13,6 @@ from vitfn.command import run_command
 from vitfn.config import ViTConfig
 from vitfn.published import npz_bytes, published
 from vitfn.vit import shapes
-from vitfn.weights import assumed
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +39,7 @@ def describe(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     lines = [
         ("file", f"{file.path}, {size:,} bytes, {file.kind}"),
         ("layout", checkpoint.layout.name + (f", under {checkpoint.prefix}" if checkpoint.prefix else "")),
-        ("model", config.name + ("" if checkpoint.stated else f" (not stated; assumed {assumed(config)})")),
+        ("model", config.name + (f" (not stated; assumed {assumed})" if (assumed := checkpoint.assumed) else "")),
         ("parameters", f"{_parameters(checkpoint):,} in {len(checkpoint.arrays):,} arrays"),
         ("encoder", f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads, "
                     f"MLP {config.mlp_dim}"),

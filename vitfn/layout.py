@@ -43,6 +43,8 @@ class Layout(NamedTuple):
 def torch_part(path: str, shape: Shape, parts: int) -> Shape:
     if parts > 1 and shape:
         shape = (shape[0] // parts, *shape[1:])
+    if path.endswith("pos_embedding") and len(shape) == 2:
+        return (1, *shape)
     if not path.endswith("kernel"):
         return shape
     return (*shape[2:], *shape[1::-1]) if len(shape) == 4 else shape[::-1]

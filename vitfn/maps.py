@@ -59,16 +59,20 @@ def attend(params: Tree, images: Tensor, config: ViTConfig) -> tuple[Tensor, tup
 
 
 class Explained(NamedTuple):
-    """What `attend` finds, and the gradients of a class's logits for the attention weights."""
+    """What `attend` finds, and the gradients of a class's logits for the attention weights: None without classes."""
 
     logits: Tensor  # (B, K)
     weights: Tensor  # (L, B, H, N, N)
-    gradients: Tensor  # (L, B, H, N, N)
+    gradients: Tensor | None  # (L, B, H, N, N)
     part: Tensor  # (B, N)
 
 
 def explain(params: Tree, images: Tensor, config: ViTConfig, label: int | None = None) -> Explained:
     """The attention behind the logits of class `label`, by default of each image's likeliest."""
+    if not config.num_classes:
+        with torch.no_grad():
+            logits, weights, part = attend(params, images, config)
+        return Explained(logits, torch.stack(weights), None, part)
     with torch.enable_grad():
         logits, weights, part = attend(params, images.detach().requires_grad_(), config)
         of_class = logits.amax(-1) if label is None else logits[:, label]  # (B,)

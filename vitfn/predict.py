@@ -31,6 +31,7 @@ from vitfn.data.folder import images_in
 from vitfn.data.images import SUFFIXES
 from vitfn.errors import InputError, printable
 from vitfn.eval_step import make_predict_step
+from vitfn.preprocessing import Preprocessing
 from vitfn.tree import Tree
 
 
@@ -125,29 +126,32 @@ def _not_compiled(fv: FlagValues) -> None:
 
 
 class Classifier(NamedTuple):
-    """MODEL's file, what is in it, and whether its classes do not exclude each other, as its run says."""
+    """MODEL's file, what is in it, whether its classes do not exclude each other, as its run says, and how its images
+    are made, if that is said beside its flags."""
 
     path: str
     config: ViTConfig
     names: tuple[str, ...]
     multi_label: bool
+    preprocessing: Preprocessing | None
 
 
-def classifier(fv: FlagValues, model: str) -> Classifier:
+def classifier(fv: FlagValues, model: str, needs_head: bool = True) -> Classifier:
     """The classifier MODEL, whose run's flags decide on the crop unless they are given."""
     path, run = weights.find(model)
     recipe.take(fv, {name: run[name] for name in ("eval_crop", "eval_interpolation") if name in run})
     recipe.check_eval_crop(fv)
-    described = weights.describe(path)
-    if not described.config.num_classes:
+    described, preprocessing, _ = weights.details(path)
+    if needs_head and not described.config.num_classes:
         raise InputError(f"{path}: found a model without a head, expected one that tells classes apart")
     names = labels.class_names(described, path, fv.labels)
-    return Classifier(path, described.config, names, run.get("resolved", {}).get("loss") == "sigmoid")
+    multi_label = run.get("resolved", {}).get("loss") == "sigmoid"
+    return Classifier(path, described.config, names, multi_label, preprocessing)
 
 
 def command(fv: FlagValues, model: str, *images: str) -> int:
     """The command."""
-    path, config, names, multi_label = classifier(fv, model)
+    path, config, names, multi_label, preprocessing = classifier(fv, model)
     paths = image_files(images)
     row = device.find(fv.device)
     predict_step = make_predict_step(
@@ -166,7 +170,7 @@ def command(fv: FlagValues, model: str, *images: str) -> int:
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # file names are bytes
     if fv.format == "csv":
         print("image,rank,class,label,probability")
-    fit, read = recipe.fit_for_evaluation(fv, config), 0
+    fit, read = recipe.fit_for_evaluation(fv, config, preprocessing), 0
     workers = min(fv.num_workers, len(paths) // 8)  # to start them takes longer than to read a few
     for places, each in predict(predict_step, params, paths, config, fv.batch_size, fit=fit, workers=workers):
         texts = (shown[fv.format](paths[i], likeliest(p, names, fv.top)) for i, p in zip(places, each, strict=True))

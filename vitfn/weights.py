@@ -16,11 +16,12 @@ from vitfn import foreign, google, tree
 from vitfn.adapt import adaptation
 from vitfn.checkpoint import Checkpoint, compare, split_path
 from vitfn.config import ViTConfig
-from vitfn.containers import write_file
+from vitfn.containers import RUN_FILES, located, write_file
 from vitfn.errors import InputError
 from vitfn.files import replacing
 from vitfn.google import POSITIONS
 from vitfn.layout import Layout, Shape
+from vitfn.preprocessing import Preprocessing
 from vitfn.tree import Tree
 from vitfn.vit import shapes, sincos2d
 
@@ -37,47 +38,53 @@ class Description(NamedTuple):
     stated: bool
 
 
+class Details(NamedTuple):
+    """A `Description`, how the model's images are made if that is said, and what had to be assumed, in words."""
+
+    description: Description
+    preprocessing: Preprocessing | None
+    assumed: str
+
+
 def describe(path: str | os.PathLike) -> Description:
-    """The model in a file, as the file states it, else inferred from the names and shapes of its arrays."""
+    """The model in a file, as it or one beside it states, else inferred from the names and shapes of its arrays."""
+    return details(path).description
+
+
+def details(path: str | os.PathLike) -> Details:
+    """`describe`, with what `vitfn.predict` and `vitfn.train` need to know beside."""
     with Checkpoint(path) as checkpoint:
-        return Description(checkpoint.config, checkpoint.class_names(), stated=checkpoint.stated is not None)
+        stated = checkpoint.stated is not None
+        description = Description(checkpoint.config, checkpoint.class_names(), stated)
+        return Details(description, checkpoint.preprocessing, checkpoint.assumed)
 
 
 def find(model: str) -> tuple[str, dict[str, Any]]:
     """The file of weights, and the flags of the run it belongs to, if MODEL is a run's directory."""
-    directory = Path(model)
-    if not directory.is_dir():
-        return model, {}
-    for name in ("model.npz", "best.npz"):
-        if (directory / name).exists():
-            try:
-                return str(directory / name), json.loads((directory / "config.json").read_text())
-            except (OSError, ValueError) as error:
-                raise InputError(f"{directory / 'config.json'}: expected a run's config, found: {error}") from None
-    raise InputError(f"{model}: found neither model.npz nor best.npz, expected a run's directory or a file of weights")
-
-
-def assumed(config: ViTConfig) -> str:
-    """What is taken for granted about a model whose file does not state its config."""
-    pixels = "pixels in [-1, 1]" if config.mean == config.std == 0.5 else f"mean {config.mean} and std {config.std}"
-    return f"a square image, {config.gelu} GELU, LayerNorm epsilon {config.layer_norm_eps:g} and {pixels}"
+    path = located(model)
+    if Path(path).name not in RUN_FILES or not Path(model).is_dir():
+        return path, {}
+    try:
+        return path, json.loads((Path(model) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{Path(model) / 'config.json'}: expected a run's config, found: {error}") from None
 
 
 def load(path: str | os.PathLike, config: ViTConfig | None = None, place: Place | None = None) -> Tree:
     """The parameter tree of a file in any layout, float32 on the CPU, for `config` (without one: the file's own).
 
-    npz, safetensors and torch files are read. A head of another class count, or none, becomes a head of zeros; a
-    pre_logits layer that `config` lacks is dropped; position embeddings are resized to the config's grid, input
-    channels to its channels; LayerScale is folded into the layer before it; the log says each. `place(path, leaf)` puts
-    each leaf elsewhere, or keeps a part of it, before the next is read. Raises InputError for what is no file of
-    weights, and for missing, extra or misshapen arrays, with their names and shapes.
+    npz, safetensors and torch files are read, and folders that hold one. A head of another class count, or none,
+    becomes a head of zeros; a pre_logits layer that `config` lacks is dropped; position embeddings are resized to the
+    config's grid, as the file's owner does unless the config says how, and input channels to its channels; LayerScale
+    is folded into the layer before it; the log says each. `place(path, leaf)` puts each leaf elsewhere, or keeps a part
+    of it, before the next is read. Raises InputError for what is no file of weights, and for missing, extra or misshapen
+    arrays, with names and shapes of a few of them.
     """
     with Checkpoint(path) as checkpoint:
         own = checkpoint.config_for(config) if config else checkpoint.config
         params, said = read(checkpoint, own, config or own, place)
-        if config is None and not checkpoint.stated:
-            heads = "" if checkpoint.layout in google.LAYOUTS else f"{own.num_heads} heads, "
-            said.insert(0, f"does not state its config; assumed {heads}{assumed(own)}")
+        if config is None and checkpoint.assumed:
+            said.insert(0, f"does not state its config; assumed {checkpoint.assumed}")
     for line in said:
         logging.getLogger("vitfn").warning("%s: %s", path, line)
     return params
@@ -96,12 +103,15 @@ def read(
     needed = [path for path in wanted if path not in to.zeros and path in checkpoint.found]
 
     def leaves(paths: Set[str]) -> dict[str, Tensor]:
-        read = checkpoint.read([path for path in paths if path in needed], own)
+        together = {other for path in paths for other in (path, *to.beside.get(path, ()))}
+        read = checkpoint.read([path for path in together if path in needed], own)
         for path in paths - read.keys():  # a new head, and attention biases that the model does not have
             read[path] = torch.zeros(wanted[path])
-        for path in paths & to.change.keys():
-            read[path] = to.change[path](read[path])
-        return read
+        changed = {
+            path: to.change[path](read[path], *(read[other] for other in to.beside.get(path, ())))
+            for path in paths & to.change.keys()
+        }
+        return read | changed
 
     found = {path: place(path, leaves({path})[path]) for path in wanted} if place else leaves(wanted.keys())
     return tree.unflatten({path: found[path] for path in wanted}), [*checkpoint.said, *to.said]
@@ -113,16 +123,19 @@ def save(
     config: ViTConfig | None = None,
     class_names: Sequence[str] | None = None,
     layout: str | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> None:
     """The tree in a layout, by default 'original' in an npz file and 'timm' in safetensors; whole or not at all.
 
     The path's suffix, .npz or .safetensors, chooses the format; `file.npz:params/img` puts the arrays under a prefix,
-    `file.npz:` under none. With `config`, the file describes itself: config and class names are JSON in the ZIP comment
-    or the safetensors metadata or, where they would exceed a comment's 64 KB, the class names are in a .json file
-    beside it. Raises InputError for an unknown layout, and for a model that the layout has no place for.
+    `file.npz:` under none. With `config`, the file describes itself: config, class names and `preprocessing`, how its
+    images are made, are JSON in the ZIP comment or the safetensors metadata or, where they would exceed a comment's 64
+    KB, the class names are in a .json file beside it. Raises InputError for an unknown layout, and for a model that the
+    layout has no place for.
     """
     flat = tree.flatten(params)
-    save_leaves(path, flat, {name: tuple(leaf.shape) for name, leaf in flat.items()}, config, class_names, layout)
+    found = {name: tuple(leaf.shape) for name, leaf in flat.items()}
+    save_leaves(path, flat, found, config, class_names, layout, preprocessing)
 
 
 def save_leaves(
@@ -132,6 +145,7 @@ def save_leaves(
     config: ViTConfig | None = None,
     class_names: Sequence[str] | None = None,
     layout: str | None = None,
+    preprocessing: Preprocessing | None = None,
     writes: bool = True,
 ) -> None:
     """`save` of leaves by path, of the shapes `found`, each of which may be made when it is asked for.
@@ -156,7 +170,7 @@ def save_leaves(
         config = dataclasses.replace(config, posemb="learn")
     arrays = stored(flat, config or ViTConfig(), chosen, prefix if filename != os.fspath(path) else chosen.prefix)
     if writes:
-        write_file(filename, arrays, _comment(filename, config, class_names) if config else b"")
+        write_file(filename, arrays, _comment(filename, config, class_names, preprocessing) if config else b"")
     else:
         for _ in arrays:  # one leaf after the other is whole
             pass
@@ -167,15 +181,20 @@ def default_layout(filename: str) -> str:
     return "timm" if filename.endswith(".safetensors") else "original"
 
 
-def _comment(filename: str, config: ViTConfig, class_names: Sequence[str] | None) -> bytes:
+def _comment(
+    filename: str, config: ViTConfig, class_names: Sequence[str] | None, preprocessing: Preprocessing | None
+) -> bytes:
     names = list(class_names) if class_names else None
     description: dict[str, Any] = {"config": dataclasses.asdict(config), "class_names": names}
+    if preprocessing:
+        description["preprocessing"] = preprocessing._asdict()
     comment = json.dumps({"vitfn": description}).encode()
     if len(comment) > _LARGEST_COMMENT:
         sidecar = Path(filename).with_suffix(".json")
         with replacing(sidecar) as file:
             file.write(json.dumps({"class_names": names}).encode())
-        comment = json.dumps({"vitfn": {"config": description["config"], "class_names_in": sidecar.name}}).encode()
+        del description["class_names"]
+        comment = json.dumps({"vitfn": {**description, "class_names_in": sidecar.name}}).encode()
     return comment
 
 

@@ -138,18 +138,28 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return rows @ images.float() @ columns.mT
 
 
-def resize_and_crop(images: Tensor, size: tuple[int, int], fraction: float, interpolation: str) -> Tensor:
+def resize_and_crop(
+    images: Tensor,
+    size: tuple[int, int],
+    fraction: float,
+    interpolation: str,
+    keep_ratio: bool = True,
+    down: bool = False,
+) -> Tensor:
     """What published accuracies assume: (B, C, H, W) -> (B, C, h, w) float32, the centre of the resized image.
 
     It is resized, its ratio kept, to the least size that covers `size` / `fraction` rounded down (of square sizes: the
-    shorter side becomes that), antialiased; `interpolation` is 'bilinear' or 'bicubic'.
+    shorter side becomes that), or without `keep_ratio` to that, antialiased; `interpolation` is bilinear or bicubic.
+    The centre's place is rounded to even, as timm and torchvision do, or `down`, as transformers does.
     """
     height, width = images.shape[2:]
-    h, w = (math.floor(side / fraction) for side in size)
-    if h * width >= w * height:  # the height decides
+    h, w = (math.floor(side / fraction + 1e-6) for side in size)
+    if not keep_ratio:
+        pass
+    elif h * width >= w * height:  # the height decides
         w = h * width // height
     else:
         h = w * height // width
     resized = _resize(images, (h, w), interpolation, antialias=True).clamp(0, 255)  # bicubic overshoots
-    y, x = round((h - size[0]) / 2), round((w - size[1]) / 2)
+    y, x = ((edge - side) // 2 if down else round((edge - side) / 2) for edge, side in zip((h, w), size, strict=True))
     return resized[:, :, y : y + size[0], x : x + size[1]]

@@ -1,0 +1,55 @@
+"""Trained DINOv2 weights on two photographs: tokens of the owner's own class, by ONNX Runtime and transformers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+import vitfn
+from vitfn import convert, weights
+from vitfn.data.augment import normalise
+
+FILE, EXPECTED = SHARED / "data/dinov2_s14/model.safetensors", SHARED / "reference/dinov2_s14.expected.npz"
+pytestmark = pytest.mark.skipif(not FILE.exists(), reason="needs ../shared: 88 MB of trained weights")
+
+
+def encoded(path, size: int) -> torch.Tensor:
+    """The last tokens of the two photographs (2, N, D)."""
+    config = dataclasses.replace(weights.describe(path).config, image_size=size)
+    with np.load(EXPECTED) as file:
+        images = torch.from_numpy(file[f"images_{size}"])
+    with torch.no_grad():
+        _, found = vitfn.apply(vitfn.load(path, config), normalise(images, config), config, capture="encoded")
+    return found["encoded"]
+
+
+def error(found: torch.Tensor, name: str) -> float:
+    with np.load(EXPECTED) as file:
+        expected = torch.from_numpy(file[name])
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("written", ["", "model.npz", "model.safetensors"])
+def test_tokens_at_another_size_are_the_owner_s_also_after_a_conversion(tmp_path, capsys, written):
+    path = FILE
+    if written:
+        path = tmp_path / written
+        assert convert.main(["convert", str(FILE), str(path)]) == 0
+        assert "this model has positions resized by bicubic, " in capsys.readouterr().out
+    assert error(encoded(path, 224), "tokens_224") < 5e-6  # 5.7e-2 with Google's corner-aligned bilinear
+
+
+@pytest.mark.slow
+def test_the_class_token_at_its_own_size():
+    assert error(encoded(FILE, 518)[:, 0], "class_token_518") < 5e-6
+
+
+def test_a_stated_method_wins():
+    config = dataclasses.replace(weights.describe(FILE).config, image_size=224, posemb_resize="bilinear_corners")
+    owner = dataclasses.replace(config, posemb_resize=None)
+    found, expected = (
+        vitfn.load(FILE, one)["Transformer"]["posembed_input"]["pos_embedding"] for one in (config, owner)
+    )
+    assert float((found - expected).norm() / expected.norm()) > 0.01

@@ -37,7 +37,8 @@ def parsed(*argv: str) -> FlagValues:
         ("--layer_decay=0", ["--layer_decay", "0", "above 0"]),
         ("--ema=1", ["--ema", "1", "below 1"]),
         ("--train_batch_size=10 --gradient_accumulation_steps=4", ["--train_batch_size", "10", "_steps=4"]),
-        ("--momentum_dtype=bfloat16 --optimizer=adamw", ["--momentum_dtype=bfloat16", "sgd", "adamw"]),
+        ("--train_fraction=0", ["--train_fraction", "0", "above 0"]),
+        ("--train_fraction=0.98 --dataset=folder", ["--train_fraction", "0.98", "folder"]),
         ("--freeze=head(", ["--freeze=head(", "regular expression"]),
         ("--decay_on=[", ["--decay_on", "regular expression"]),
         ("--randaugment=0,3", ["--randaugment", "0,3", "at least 1"]),
@@ -68,6 +69,8 @@ def test_nonsense_is_one_line_that_names_the_flag(argv, parts):
         "--randaugment=3,10",
         "--channels=1 --dataset=folder",
         "--channels=5 --dataset=list",
+        "--train_fraction=0.98 --dataset=list",
+        "--train_fraction=1 --dataset=folder",
         "--eval_crop=0.1 --eval_interpolation=bicubic",
         "--eval_crop=1",
         "--seed=-1",
@@ -134,8 +137,8 @@ def test_the_data_s_classes_and_channels_make_the_model():
     config = recipe.for_data(NANO, 7, 5)
     assert (config.num_classes, config.channels) == (7, 5)
     coloured = vitfn.get_config("ViT-Nano_8", mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
-    with pytest.raises(InputError, match="--channels=1: "):
-        recipe.for_data(coloured, 7, 1)
+    grey = recipe.for_data(coloured, 7, 1)
+    assert (grey.channels, grey.mean, grey.std) == (1, pytest.approx(0.5), pytest.approx(0.2))
 
 
 # --- the optimizer
@@ -199,9 +202,12 @@ def test_a_pattern_that_selects_nothing_is_refused(flag, found):
         recipe.optimizer(parsed(flag), NANO)
 
 
-def test_momentum_is_stored_as_asked():
-    _, _, state = one_update("--momentum_dtype=bfloat16")
-    assert {leaf.dtype for leaf in tree.leaves(state["momentum"])} == {torch.bfloat16}
+@pytest.mark.parametrize(("optimizer", "moment"), [("sgd", "momentum"), ("adamw", "mu")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_is_stored_as_asked_and_the_second_in_float32(optimizer, moment, dtype):
+    _, _, state = one_update(f"--momentum_dtype={dtype}", f"--optimizer={optimizer}")
+    assert {leaf.dtype for leaf in tree.leaves(state[moment])} == {getattr(torch, dtype)}
+    assert {leaf.dtype for leaf in tree.leaves(state.get("nu", {}))} <= {torch.float32}
 
 
 def test_ema_keeps_an_average():

@@ -117,7 +117,8 @@ def refusal(capsys):
         ("--ema=1", ["--ema", "1", "below 1"]),
         ("--ema=nan", ["--ema", "nan"]),
         ("--layer_decay=0", ["--layer_decay", "above 0"]),
-        ("--momentum_dtype=bfloat16 --optimizer=adamw", ["--momentum_dtype", "--optimizer=sgd", "adamw"]),
+        ("--momentum_dtype=float16", ["--momentum_dtype", "float16", "bfloat16"]),
+        ("--train_fraction=0", ["--train_fraction", "0", "above 0"]),
         ("--freeze=(", ["--freeze", "regular expression"]),
         ("--randaugment=2", ["--randaugment", "2", "two integers"]),
         ("--randaugment=0,10", ["--randaugment", "0,10", "at least 1"]),
@@ -129,7 +130,7 @@ def refusal(capsys):
         ("--crop_min=nan", ["--crop_min", "nan"]),
         ("--flagfile=absent.flags", ["flagfile", "absent.flags"]),
         ("--pretrained_dir=absent.npz", ["absent.npz", "No such file"]),
-        ("--pretrained_dir=/", ["/: expected a file of weights", "directory"]),
+        ("--pretrained_dir=/", ["/: found a folder without weights", "model.npz"]),
     ],
 )
 def test_a_wrong_flag_is_named_with_what_was_found_and_expected(refusal, flag, parts):
@@ -204,7 +205,7 @@ WRONG_WEIGHTS = {
     "no ZIP": (lambda path: path.write_bytes(b"\x93NUMPY" + b"\0" * 100), "106 bytes"),
     "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
     "objects": (_objects, "head/kernel"),
-    "another model": (_whole, "found arrays (head/kernel, ...)"),
+    "another model": (_whole, "found arrays (head/kernel)"),
     "another size": (lambda path: vitfn.save_npz(path, vitfn.init(SMALL), SMALL), "expected"),
 }
 

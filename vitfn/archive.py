@@ -8,7 +8,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,19 @@ class _Stored:
         return self._done
 
 
+class _Header(NamedTuple):
+    """What a member's npy header says, and how many bytes it has.
+
+    It is parsed once, in one thread: numpy does it with ast, which on Python 3.11 can raise SystemError where several
+    threads parse at once ("AST constructor recursion depth mismatch", CPython issue 106905, seen on 3.11.7).
+    """
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    size: int
+
+
 class _Handles:
     """One ZIP archive, opened once by each thread that reads it.
 
@@ -121,15 +134,16 @@ class Archive:
     def _read_headers(self, members: list[zipfile.ZipInfo]) -> None:
         self._check_directory(members)
         self._members = {info.filename.removesuffix(".npy"): info for info in members}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        self._headers: dict[str, _Header] = {}
         for name, info in self._members.items():
             with blaming(f"{self.path}: {name}"), self._zip.own.open(info) as file:
-                shape, _, dtype = _header(file)
+                shape, fortran_order, dtype = _HEADERS[npy.read_magic(file)](file)
                 expected, found = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
                 if expected != found and not dtype.hasobject:
                     raise InputError(f"{self.path}: {name}: found {found:,} bytes, expected {expected:,} for {shape}")
-            self.shapes[name], self.dtypes[name] = shape, _dtype_name(dtype)
+                self._headers[name] = _Header(shape, fortran_order, dtype, file.tell())
+        self.shapes = {name: header.shape for name, header in self._headers.items()}
+        self.dtypes = {name: _dtype_name(header.dtype) for name, header in self._headers.items()}
 
     def __enter__(self) -> "Archive":
         return self
@@ -154,19 +168,21 @@ class Archive:
         if found > slack + factor * size:
             raise InputError(f"{self.path}: found {found:,} bytes of arrays packed into {size:,}, which no weights are")
 
-    def _open(self, info: zipfile.ZipInfo) -> Any:
-        """The member as a file with readinto."""
-        file = self._zip.own.open(info)  # compares the member's own header with the directory
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            return file
-        file.close()
-        return _Stored(self.path, info)
+    def _open(self, name: str) -> Any:
+        """The member as a file with readinto, behind its header."""
+        info = self._members[name]
+        file: Any = self._zip.own.open(info)  # compares the member's own header with the directory
+        if info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size:
+            file.close()
+            file = _Stored(self.path, info)
+        if len(file.read(size := self._headers[name].size)) != size:
+            raise EOFError("the data end early")
+        return file
 
     def read(self, name: str, parts: int = 1) -> list[Tensor]:
         """One array as float32 tensors on the CPU, equal parts of its first axis; its CRC is checked on the way."""
-        info = self._members[name]
-        with blaming(f"{self.path}: {name}"), self._open(info) as file:
-            shape, fortran_order, dtype = _header(file)
+        with blaming(f"{self.path}: {name}"), self._open(name) as file:
+            shape, fortran_order, dtype, _ = self._headers[name]
             if self.dtypes[name] not in _FLOATS:
                 raise InputError(
                     f"{self.path}: {name}: found an array of {self.dtypes[name]}, expected floating-point numbers"
@@ -180,9 +196,8 @@ class Archive:
 
     def read_exactly(self, name: str) -> Tensor:
         """One array in the dtype that `write_archive(..., exact=True)` wrote it in; its CRC is checked on the way."""
-        info = self._members[name]
-        with blaming(f"{self.path}: {name}"), self._open(info) as file:
-            shape, fortran_order, _ = _header(file)
+        with blaming(f"{self.path}: {name}"), self._open(name) as file:
+            shape, fortran_order, *_ = self._headers[name]
             if fortran_order or self.dtypes[name] not in _EXACT:
                 raise InputError(f"{self.path}: {name}: found an array of {self.dtypes[name]}, expected one of ours")
             leaf = torch.empty(shape, dtype=_EXACT[self.dtypes[name]])
@@ -212,10 +227,6 @@ def _read_into(file, memory: memoryview) -> None:
         if not (count := file.readinto(memory[done : done + _CHUNK])):
             raise EOFError("the data end early")
         done += count
-
-
-def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return _HEADERS[npy.read_magic(file)](file)
 
 
 def _dtype_name(dtype: np.dtype) -> str:

@@ -94,6 +94,14 @@ def _another(
         for name in theirs:
             if (value := arguments.get(name)) is not None and field in own and value != own[field]:
                 return f"{name} {value}, the file has {own[field]}"
+    seen = {
+        "class_token": "cls" in found,
+        "qkv_bias": any(path.endswith("/query/bias") for path in found),
+        "mlp_ratio": own["mlp_dim"] / own["hidden_size"] if own else None,
+    }
+    for name, value in seen.items():
+        if arguments.get(name) is not None and value is not None and arguments[name] != value:
+            return f"{name} {arguments[name]}, the file has {value}"
     return ""
 
 
@@ -159,6 +167,9 @@ def _of_timm(path: str, config: Mapping[str, Any], arguments: Mapping[str, Any],
             del fields["image_size"]
             said += (f"config.json: input_size {size} not followed: the file's positions are of another",)
     fields, more = _fitting(fields, found)
+    classes, stated = (found.get("head/bias") or (0,))[0], arguments.get("num_classes", config.get("num_classes"))
+    if stated not in (None, classes):
+        said += (f"config.json: num_classes {stated} not followed: the head has {classes} classes",)
     names, others = _class_names(config.get("label_names", cfg.get("label_names")), found)
     images = preprocessing.of_timm(cfg)
     lines = tuple(f"config.json: {line}" for line in images.said)

@@ -20,7 +20,7 @@ from vitfn import foreign, google
 from vitfn.archive import blaming
 from vitfn.beside import Beside, beside
 from vitfn.config import ViTConfig
-from vitfn.containers import open_file
+from vitfn.containers import File, open_file
 from vitfn.errors import InputError
 from vitfn.google import POSITIONS
 from vitfn.infer import few, grid, image_size, infer
@@ -114,7 +114,7 @@ class Checkpoint:
         return [path for path in self.found if path.endswith("/gamma")]
 
     def _recognise(self, subtree: str) -> None:
-        self.layout, self.prefix, self._others = _recognise(self.file.shapes, subtree, self.path)
+        self.layout, self.prefix, self._others = _recognise(self.file, subtree, self.path)
         own = {name.removeprefix(self.prefix): name for name in self.file.shapes if name.startswith(self.prefix)}
         inside = {name: self.file.shapes[full] for name, full in own.items()}
         plain = {name: name for name in inside} if self._is_google else foreign.plain_names(inside)
@@ -322,8 +322,9 @@ def split_path(path: str) -> tuple[str, str]:
     return match[1], match[2].strip("/") + "/" if match[2].strip("/") else ""
 
 
-def _recognise(names: Mapping[str, Shape], subtree: str, path: str) -> tuple[Layout, str, tuple[str, ...]]:
-    """The layout of the names, the prefix of those that are the model's, and those of other models like it."""
+def _recognise(file: File, subtree: str, path: str) -> tuple[Layout, str, tuple[str, ...]]:
+    """The layout of a file's names, the prefix of those that are the model's, and those of other models like it."""
+    names = file.shapes
     subtrees = (subtree, f"{subtree[:-1]}.", f"params/{subtree}", f"opt/target/{subtree}")
     root = next((root for root in subtrees if any(name.startswith(root) for name in names)), None) if subtree else ""
     candidates: list[tuple[int, Layout, str, list[str]]] = []
@@ -337,7 +338,7 @@ def _recognise(names: Mapping[str, Shape], subtree: str, path: str) -> tuple[Lay
             candidates.append((count, layout, prefix, others))
     if not candidates:
         listed, where = few(names), f" under {subtree}" if subtree else ""
-        keys = {name.partition("/")[0] for name in names if "/" in name}
+        keys = {name.partition("/")[0] for name in names if file.kind == "torch" and "/" in name}
         listed = listed if not keys or subtree else f"under the keys {few(keys, 5)}: {listed}"
         raise InputError(f"{path}: found arrays ({listed}) that are not a plain Vision Transformer's{where}")
     _, layout, prefix, others = max(candidates, key=lambda candidate: candidate[0])

@@ -36,6 +36,12 @@ def _named(content: dict[Any, Any]) -> Iterator[tuple[str, Strided]]:
                 todo.append((f"{prefix}{key}/", item))
 
 
+def _kind(item: Any) -> str:
+    if isinstance(item, Object):
+        return ".".join(item.name.split())
+    return "Tensor" if isinstance(item, Strided) else type(item).__name__
+
+
 class TorchFile:
     """What torch.save wrote: a state dict, or dicts of them and of other things, as training scripts leave them.
 
@@ -53,16 +59,16 @@ class TorchFile:
                 warnings.simplefilter("ignore")  # pickletools unescapes some texts, and warns of what is wrong in them
                 content, self._places = _zipped(file) if zipfile.is_zipfile(file) else _legacy(file)
             if isinstance(content, Object):
-                found = f"found an object of the class {'.'.join(content.name.split())}"
+                found = f"found an object of the class {_kind(content)}"
                 expected = "expected a state dict: save the object's state_dict() in the program that made it"
                 raise InputError(f"{self.path}: {found}, {expected}")
             if not isinstance(content, dict):
-                kind = "Tensor" if isinstance(content, Strided) else type(content).__name__
-                raise InputError(f"{self.path}: expected a state dict, found {kind}")
+                raise InputError(f"{self.path}: expected a state dict, found {_kind(content)}")
             self._tensors = dict(_named(content))
             if not self._tensors:
-                keys = ", ".join(map(str, list(content)[:5])) or "nothing"
-                raise InputError(f"{self.path}: expected a state dict, found a dict of {keys} without arrays")
+                kinds = (f"{key} ({_kind(item)})" for key, item in list(content.items())[:5])
+                found = f"found a dict of {', '.join(kinds) or 'nothing'} without arrays"
+                raise InputError(f"{self.path}: expected a state dict, {found}")
             if sum(leaf.numel for leaf in self._tensors.values()) > 2 * os.path.getsize(path):
                 raise ValueError("more numbers than the file has bytes for")
         self.shapes = {name: leaf.shape for name, leaf in self._tensors.items()}

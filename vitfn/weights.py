@@ -77,8 +77,8 @@ def load(path: str | os.PathLike, config: ViTConfig | None = None, place: Place 
     becomes a head of zeros; a pre_logits layer that `config` lacks is dropped; position embeddings are resized to the
     config's grid, as the file's owner does unless the config says how, and input channels to its channels; LayerScale
     is folded into the layer before it; the log says each. `place(path, leaf)` puts each leaf elsewhere, or keeps a part
-    of it, before the next is read. Raises InputError for what is no file of weights, and for missing, extra or misshapen
-    arrays, with names and shapes of a few of them.
+    of it, before the next is read. Raises InputError for what is no file of weights, and for missing, extra or
+    misshapen arrays, with names and shapes of a few of them.
     """
     with Checkpoint(path) as checkpoint:
         own = checkpoint.config_for(config) if config else checkpoint.config

@@ -220,6 +220,17 @@ def test_cifar_images_can_be_written_to(tmp_path):
     assert int(test.images.sum()) == 3 * test.images.numel()
 
 
+@pytest.mark.parametrize(("fraction", "count"), [(1, 15), (0.98, 15), (0.9, 14), (0.5, 8), (1e-9, 1)])
+def test_the_first_part_of_the_training_images_is_taken(tmp_path, fraction, count):
+    """As TensorFlow rounds its train[:98%], and never none; 0.98 of CIFAR's 50,000 are 49,000."""
+    write_cifar(tmp_path, cifar_contents())
+    (train, test, _), whole = load("cifar10", str(tmp_path), train_fraction=fraction), load("cifar10", str(tmp_path))
+    assert torch.equal(train.images, whole.train.images[:count])
+    assert torch.equal(train.labels, whole.train.labels[:count])
+    assert torch.equal(test.images, whole.test.images)
+    assert round(0.98 * 50_000) == 49_000
+
+
 def test_cifar_archive_is_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path, cifar_contents())

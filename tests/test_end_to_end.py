@@ -274,6 +274,7 @@ def plain(tmp_path_factory) -> list[float]:
         "--weight_decay=0.1 --decay_rule=big_vision",
         "--momentum_dtype=bfloat16",
         "--optimizer=adamw",
+        "--train_fraction=0.5",
         "--stochastic_depth=0.5",
         "--dropout_rate=0.5",
         "--max_grad_norm=0.01",

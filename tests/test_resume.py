@@ -15,6 +15,9 @@ import pytest
 import warm
 from conftest import NANO, ROOT
 
+from vitfn import rng, snapshot, tree
+from vitfn.archive import Archive
+
 KILLS = int(os.environ.get("VITFN_KILLS", "3"))  # .ci/full asks for 30
 
 RUN = [
@@ -360,9 +363,36 @@ def test_a_finished_run_that_is_resumed_changes_nothing_and_changed_flags_are_li
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [20, 18], ids=["ended", "stopped"])
+def test_a_run_with_other_random_numbers_is_shown_where_it_has_ended_and_else_refused(alone, tmp_path, step):
+    """As an early version's checkpoints do not tell them; tests/test_written.py has such."""
+    shutil.copytree(alone / "output", tmp_path / "output")
+    checkpoints = tmp_path / "output/run/checkpoints"
+    path = checkpoints / f"step_{step:08d}.npz"
+    with Archive(path) as archive:
+        leaves = {name: archive.read_exactly(name) for name in archive.shapes}
+    notes = json.loads(leaves.pop("notes").numpy().tobytes())
+    assert notes.pop("rng") == rng.VERSION
+    for other in checkpoints.iterdir():
+        other.unlink()
+    snapshot.write(path, tree.unflatten(leaves), notes)
+    done = train(tmp_path, *RUN, *EVERYTHING, "--resume")
+    if step == 20:
+        assert done.returncode == 0, done.stderr
+        assert "test accuracy" in done.stdout
+    else:
+        assert done.returncode == 2, done.stderr
+        (line,) = said(done)
+        assert "--resume: found a run with random numbers of version 1, expected 2" in line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
-    [["--precision=float16", "--train_batch_size=4", "--optimizer=adamw"], ["--compile=block", "--dropout_rate=0.1"]],
+    [
+        ["--precision=float16", "--train_batch_size=4", "--optimizer=adamw", "--momentum_dtype=bfloat16"],
+        ["--compile=block", "--dropout_rate=0.1"],
+    ],
     ids=["float16 with its loss scale", "a compiled block"],
 )
 def test_other_forms_go_on_to_the_same_bits_too(tmp_path, more):

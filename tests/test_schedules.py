@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vitfn
-from vitfn.schedules import one_ahead
+from vitfn.schedules import constant, one_ahead
+
+
+def test_a_constant_is_a_float32_tensor_where_the_step_is():
+    for step in (0, torch.tensor(3), torch.tensor(10**6, device="meta")):
+        rate = constant(0.25)(step)
+        assert (rate.dtype, rate.shape, rate.device) == (torch.float32, (), torch.as_tensor(step).device)
+    assert constant(0.25)(torch.tensor(3)) == 0.25
 
 
 def test_warmup_cosine_at_points():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from written.write import sample
+from written.write import run_flags, sample
 
 import vitfn
 from vitfn import weights
@@ -35,6 +35,20 @@ def test_a_stopped_run_is_evaluated(tmp_path):
     best = max(row["eval/accuracy"] for row in rows if "eval/accuracy" in row)
     assert done.returncode == 0, done.stderr
     assert f"{best:.2%}" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "best"), [("stopped", "best.npz"), ("sharded", "checkpoints/step_00000021")])
+def test_a_run_with_other_random_numbers_is_not_gone_on_with(name, best, tmp_path):
+    """Version 1 had two rounds of the hash behind dropout, the order of the images and augmentation."""
+    shutil.copytree(WRITTEN / name, run := tmp_path / name)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    flags = [f"--output_dir={tmp_path}" if flag == "--output_dir=." else flag for flag in run_flags(name)]
+    done = warm.run(["-m", "vitfn.train", *flags, "--resume"])
+    assert done.returncode == 2, done.stderr
+    *_, line = done.stderr.strip().splitlines()  # with another torch than wrote it, it is the second
+    assert line.startswith("vitfn: --resume: found a run with random numbers of version 1, expected 2: finish it with")
+    assert line.endswith(f"start a new run from its weights with --pretrained_dir={run / best}")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("checkpoint", ["stopped/checkpoints/step_00000031.npz", "sharded/checkpoints/step_00000021"])

@@ -79,15 +79,19 @@ def write_folded() -> None:
     (HERE / "dinov2.safetensors").unlink()
 
 
-def write_run(name: str, *command: str, more: tuple[str, ...] = ()) -> None:
-    """A run that was stopped by SIGTERM after an evaluation: its checkpoint, its best weights, its metrics."""
-    flags = [
+def run_flags(name: str) -> list[str]:
+    """Those of both runs, in the current folder."""
+    return [
         "--output_dir=.", f"--name={name}", "--dataset=digits", "--pretrained_dir=", "--model_type=mu/4",
         "--img_size=8", "--train_batch_size=16", "--num_steps=100000", "--warmup_steps=2", "--dropout_rate=0.5",
         "--momentum_dtype=bfloat16", "--ema=0.9", "--device=cpu", "--compile=off", "--eval_every=20",
         "--keep_checkpoints=1", "--num_workers=0", "--checkpoint_every=20",
     ]  # fmt: skip
-    run = subprocess.Popen([*command, "-m", "vitfn.train", *flags, *more], cwd=HERE)
+
+
+def write_run(name: str, *command: str, more: tuple[str, ...] = ()) -> None:
+    """A run that was stopped by SIGTERM after an evaluation: its checkpoint, its best weights, its metrics."""
+    run = subprocess.Popen([*command, "-m", "vitfn.train", *run_flags(name), *more], cwd=HERE)
     while not ((HERE / name / "best.npz").exists() and list((HERE / name / "checkpoints").glob("step_*"))):
         assert run.poll() is None
         time.sleep(0.1)

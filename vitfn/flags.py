@@ -39,6 +39,14 @@ def data_flags(fv: flags.FlagValues) -> None:
         0,
         1,
     )
+    define.float(
+        "train_fraction",
+        1.0,
+        "Part of the training images that is trained on, the first in the dataset's order, above 0 to 1, not for a "
+        "folder, whose order is that of its classes.",
+        0,
+        1,
+    )
     define.integer(
         "num_workers",
         2,
@@ -265,7 +273,10 @@ def recipe_flags(fv: flags.FlagValues) -> None:
     )
     define.float("max_grad_norm", 1.0, "Global norm that gradients are clipped to, above 0.")
     define.enum(
-        "momentum_dtype", "float32", ["float32", "bfloat16"], "How sgd stores its momentum; Google's is bfloat16."
+        "momentum_dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "How sgd stores its momentum, or adamw its first moment; Google's is bfloat16.",
     )
     define.float(
         "layer_decay", 1.0, "Factor of the learning rate for each layer below the head, above 0 to 1; 1: none.", 0, 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitfn import tree
-from vitfn.schedules import Schedule, as_float
+from vitfn.schedules import Schedule, as_float, as_schedule
 from vitfn.tree import Tree
 
 
@@ -145,8 +145,29 @@ def _descend(p: list[Tensor], direction: list[Tensor], rate: Number, shrink: Num
     torch._foreach_sub_(p, moves)
 
 
+def _decay(factor: float, dtype: torch.dtype | None) -> float:
+    """What a moment is multiplied by: the factor as its dtype rounds it, so that bfloat16's 0.9 is 0.8984375.
+
+    optax multiplies a bfloat16 trace or mu by a Python number, which takes that dtype. The product of two bfloat16
+    numbers is exact in float32, and so XLA keeps it where it compiles, as Google's programs do; eager JAX, and XLA
+    without --xla_allow_excess_precision, round it to bfloat16 too.
+    """
+    return factor if dtype is None else torch.tensor(factor, dtype=dtype, device="cpu").item()
+
+
+def _accumulate(stored: list[Tensor], keep: Number, g: list[Tensor], weight: float = 1.0) -> list[Tensor]:
+    """stored <- keep stored + weight g; returns the sums as they are before `stored` rounds them to its dtype."""
+    exact = stored[0].dtype == g[0].dtype
+    total = stored if exact else [leaf.to(g[0].dtype) for leaf in stored]
+    torch._foreach_mul_(total, keep)
+    torch._foreach_add_(total, g, alpha=weight)
+    if not exact:
+        torch._foreach_copy_(stored, total)
+    return total
+
+
 def sgd(
-    schedule: Schedule,
+    schedule: Schedule | float,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     *,
@@ -158,8 +179,12 @@ def sgd(
 
     Weight decay is an L2 penalty (torch.optim.SGD and the seed; Google fine-tunes without) unless `decay_schedule` is
     given, which makes it big_vision's: p also loses decay_schedule(t) weight_decay p, apart from momentum and rate.
-    With a `momentum_dtype` of bfloat16 the momentum is rounded where it is stored, after its use, as in Google's.
+    A `momentum_dtype` of bfloat16 is optax's accumulator_dtype, with which Google fine-tunes: the stored m is
+    multiplied by 0.8984375, which is 0.9 in bfloat16, the sum is float32's, and it is rounded where it is stored, after
+    its use. A number in place of the `schedule` is a constant rate.
     """
+    schedule = as_schedule(schedule)
+    momentum = _decay(momentum, momentum_dtype)
 
     def init(params: Tree) -> Tree:
         return {"momentum": tree.map(lambda p: torch.zeros_like(p, dtype=momentum_dtype), trained(params, rules))}
@@ -169,12 +194,7 @@ def sgd(
         g = _scaled(g, scale, finite)
         if penalty is not None:
             g = torch._foreach_add(g, torch._foreach_mul(p, penalty))
-        m = stored if momentum_dtype == torch.float32 else [leaf.float() for leaf in stored]
-        torch._foreach_mul_(m, keep)
-        torch._foreach_add_(m, g)
-        if m is not stored:
-            torch._foreach_copy_(stored, m)
-        _descend(p, m, rate, shrink)
+        _descend(p, _accumulate(stored, keep, g), rate, shrink)
 
     def update(grads, opt_state, params, step, *, scale=None, finite=None, donate=False, through=together):
         if not donate:
@@ -192,13 +212,14 @@ def sgd(
 
 
 def adamw(
-    schedule: Schedule,
+    schedule: Schedule | float,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     *,
     decay_schedule: Schedule | None = None,
+    mu_dtype: torch.dtype | None = None,
     rules: Rules = ALL,
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101; torch.optim.AdamW's convention).
@@ -206,18 +227,23 @@ def adamw(
     mu <- b1 mu + (1 - b1) g;  nu <- b2 nu + (1 - b2) g^2;
     p <- p - rate (mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps) + weight_decay p), t counting updates from 1.
     With `decay_schedule` the decay is big_vision's: decay_schedule(t) weight_decay p in place of rate weight_decay p.
+    A `mu_dtype` of bfloat16 is optax's, which big_vision trains with: the stored mu is multiplied by b1 in bfloat16
+    (0.9 is 0.8984375), and rounded where it is stored, after its use; 1 - b1 and the power of b1 are as they were. By
+    default mu is of the parameters' dtype, as nu is. A number in place of the `schedule` is a constant rate.
     """
+    schedule = as_schedule(schedule)
+    keep_mu = _decay(b1, mu_dtype)
 
     def init(params: Tree) -> Tree:
         count = torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
         moments = trained(params, rules)
-        return {"count": count, "mu": tree.map(torch.zeros_like, moments), "nu": tree.map(torch.zeros_like, moments)}
+        mu = tree.map(lambda p: torch.zeros_like(p, dtype=mu_dtype), moments)
+        return {"count": count, "mu": mu, "nu": tree.map(torch.zeros_like, moments)}
 
     def arithmetic(columns, scale, finite, rate, shrink, keep1, keep2, correction1, correction2):
-        g, mu, nu, p = columns
+        g, stored, nu, p = columns
         g = _scaled(g, scale, finite)
-        torch._foreach_mul_(mu, keep1)
-        torch._foreach_add_(mu, g, alpha=1 - b1)
+        mu = _accumulate(stored, keep1, g, 1 - b1)
         torch._foreach_mul_(nu, keep2)
         torch._foreach_addcmul_(nu, g, g, value=1 - b2)
         denominator = torch._foreach_sqrt(torch._foreach_div(nu, correction2))
@@ -230,7 +256,7 @@ def adamw(
             opt_state, params = tree.clone(opt_state), tree.clone(params)
         opt_state["count"].add_(1 if finite is None else finite.to(torch.int64))
         t = opt_state["count"].clamp(min=1)  # a first update that is skipped divides by 1 - b^1, and its rate is 0
-        rate, moments = _unless(finite, schedule(step), 0.0), (_unless(finite, b1, 1.0), _unless(finite, b2, 1.0))
+        rate, moments = _unless(finite, schedule(step), 0.0), (_unless(finite, keep_mu, 1.0), _unless(finite, b2, 1.0))
         corrections = (_one_minus_power(b1, t), _one_minus_power(b2, t))
         trees = (grads, opt_state["mu"], opt_state["nu"], params)
         for factor, decays, columns in _groups(rules, *map(tree.flatten, trees)):

@@ -12,6 +12,7 @@ from absl.flags import FlagValues
 from torch import Tensor
 
 from vitfn import device, meshes, optim, plan, schedules, vit
+from vitfn.adapt import with_channels
 from vitfn.config import ViTConfig, get_config
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
@@ -19,6 +20,7 @@ from vitfn.device import Device
 from vitfn.errors import InputError
 from vitfn.losses import LOSSES, Loss
 from vitfn.meshes import Mesh
+from vitfn.preprocessing import Preprocessing
 from vitfn.remat import KINDS
 
 _PATHS = "Transformer/encoderblock_0/..., head/bias"
@@ -36,13 +38,17 @@ def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
         raise InputError(f"--fp16_opt_level: found {fv.fp16_opt_level!r}, expected O0, O1, O2 or O3")
     if fv.loss_scale and (row.precision if fv.precision == "auto" else fv.precision) != "float16":
         raise InputError(f"--loss_scale={fv.loss_scale:g} scales nothing: expected --precision=float16 with it")
-    for name in ("max_grad_norm", "layer_decay"):
+    for name in ("max_grad_norm", "layer_decay", "train_fraction"):
         if (value := getattr(fv, name)) <= 0:
             raise InputError(f"--{name}: found {value}, expected a number above 0")
     if fv.ema == 1:
         raise InputError("--ema: found 1, which keeps the weights of the start; expected a number below 1")
     if fv.channels != 3 and fv.dataset not in ("folder", "list"):
         raise InputError(f"--channels={fv.channels} is for --dataset=folder or list; found {fv.dataset}, which has 3")
+    if fv.train_fraction < 1 and fv.dataset == "folder":
+        raise InputError(
+            f"--train_fraction: found {fv.train_fraction}, which leaves out a folder's last classes; expected 1"
+        )
     check_eval_crop(fv)
     if fv.train_batch_size % ((parts := fv.gradient_accumulation_steps) * processes):
         among = f" times {processes} processes" if processes > 1 else ""
@@ -58,8 +64,6 @@ def check(fv: FlagValues, row: Device, processes: int = 1) -> None:
         )
     if fv.remat != "none" and fv.compile == "step":
         raise InputError(f"--remat={fv.remat} --compile=step: one graph cannot compute again, expected block or off")
-    if fv.momentum_dtype != "float32" and fv.optimizer != "sgd":
-        raise InputError(f"--momentum_dtype={fv.momentum_dtype} is for --optimizer=sgd; found {fv.optimizer}")
     for name in ("freeze", "decay_on"):
         try:
             re.compile(pattern := getattr(fv, name) or "")
@@ -89,7 +93,7 @@ def model(fv: FlagValues, own: ViTConfig | None) -> ViTConfig:
     """The model by the flags, for any dataset; what they leave open is as in the file of weights, or else Google's."""
     overrides: dict[str, Any] = {"image_size": fv.img_size, "stochastic_depth_rate": fv.stochastic_depth}
     if own:
-        fields = ["gelu", "layer_norm_eps", "mean", "std", "posemb"]
+        fields = ["gelu", "layer_norm_eps", "channels", "mean", "std", "posemb", "posemb_resize"]
         if not fv.model_type.endswith("-gap-norep"):
             fields.append("classifier")
         overrides |= {name: getattr(own, name) for name in fields}
@@ -125,9 +129,8 @@ def optimizer(fv: FlagValues, config: ViTConfig) -> optim.Optimizer:
         raise InputError(
             f"--decay_on={fv.decay_on}: matches no leaf as a whole, expected some; paths are like {_PATHS}"
         )
-    if fv.optimizer == "sgd":
-        options["momentum_dtype"] = getattr(torch, fv.momentum_dtype)
-    make = optim.sgd if fv.optimizer == "sgd" else optim.adamw
+    make, stored = (optim.sgd, "momentum_dtype") if fv.optimizer == "sgd" else (optim.adamw, "mu_dtype")
+    options[stored] = getattr(torch, fv.momentum_dtype)
     made = make(schedule, weight_decay=fv.weight_decay, rules=rules, **options)
     return optim.with_ema(made, fv.ema) if fv.ema else made
 
@@ -192,8 +195,12 @@ def augmentation(fv: FlagValues) -> Augmentation:
     return Augmentation(fv.crop_min, fv.crop, fv.flip, fv.randaugment, fv.erasing, fv.mixup, fv.cutmix)
 
 
-def fit_for_evaluation(fv: FlagValues, config: ViTConfig) -> Callable[[Tensor], Tensor]:
-    """How images become of the model's size to be evaluated; picklable."""
+def fit_for_evaluation(
+    fv: FlagValues, config: ViTConfig, stated: Preprocessing | None = None
+) -> Callable[[Tensor], Tensor]:
+    """How images become of the model's size to be evaluated, as is `stated` of it unless a flag says; picklable."""
+    if stated and not (fv["eval_crop"].present or fv["eval_interpolation"].present):
+        return partial(resize_and_crop, size=config.image_hw, **stated._asdict())
     if not fv.eval_crop:
         return partial(resize, size=config.image_hw)
     return partial(resize_and_crop, size=config.image_hw, fraction=fv.eval_crop, interpolation=fv.eval_interpolation)
@@ -202,6 +209,6 @@ def fit_for_evaluation(fv: FlagValues, config: ViTConfig) -> Callable[[Tensor], 
 def for_data(config: ViTConfig, num_classes: int, channels: int) -> ViTConfig:
     """The model for a dataset's classes and channels."""
     try:
-        return dataclasses.replace(config, num_classes=num_classes, channels=channels)
+        return dataclasses.replace(with_channels(config, channels), num_classes=num_classes)
     except InputError as error:
         raise InputError(f"--channels={channels}: {error}") from None

@@ -122,7 +122,13 @@ def training_batches(work: Workload) -> Iterator[Batch]:
     """The dataset's, as vitfn.train makes them, without end."""
     fv = work.fv
     dataset = load(
-        fv.dataset, fv.data_dir, fv.download, channels=fv.channels, val_fraction=fv.val_fraction, seed=fv.seed
+        fv.dataset,
+        fv.data_dir,
+        fv.download,
+        channels=fv.channels,
+        val_fraction=fv.val_fraction,
+        seed=fv.seed,
+        train_fraction=fv.train_fraction,
     )
     config = recipe.for_data(work.config, len(dataset.class_names), dataset.train.channels)
     fv["num_steps"].value = sys.maxsize

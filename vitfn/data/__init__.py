@@ -26,11 +26,14 @@ def load(
     channels: int = 3,
     val_fraction: float = 0.1,
     seed: int = 0,
+    train_fraction: float = 1.0,
 ) -> Dataset:
     """A dataset by name, from files under `data_dir` where it has any, which `download` fetches if they are absent.
 
     'folder' and 'list' are decoded to `channels`, and hold out `val_fraction` where they have no split of their own.
+    Of the training images the first `train_fraction` are there, as of TensorFlow's train[:98%].
     """
     if name not in DATASETS:
         raise InputError(f"--dataset: found {name!r}, expected one of {', '.join(DATASETS)}")
-    return DATASETS[name](data_dir, download, channels=channels, val_fraction=val_fraction, seed=seed)
+    dataset = DATASETS[name](data_dir, download, channels=channels, val_fraction=val_fraction, seed=seed)
+    return dataset._replace(train=dataset.train.part(0, max(1, round(train_fraction * dataset.train.size))))

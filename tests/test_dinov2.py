@@ -63,10 +63,10 @@ def test_a_stated_method_wins():
 def test_meta_s_own_code_resizes_by_a_scale_factor(grid):
     """tests/reference/meta_positions.npz: what interpolate_pos_encoding of facebookresearch/dinov2 makes of positions.
 
-    Run once beside vitfn: its DinoVisionTransformer of 4 blocks, whole and in chunks, at these sizes, and vitfn's reading
-    of its state dict differ by at most 8e-7.
+    Run once beside vitfn: its DinoVisionTransformer of 4 blocks, whole and in chunks, at these sizes, and vitfn's
+    reading of its state dict differ by at most 8e-7.
     """
     with np.load(REFERENCE / "meta_positions.npz") as file:
         positions, expected = (torch.from_numpy(file[name]) for name in ("positions", f"{grid[0]}x{grid[1]}"))
     found = resize_positions(positions, (5, 5), grid, "bicubic_offset")
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)  # of numbers of N(0, 1)

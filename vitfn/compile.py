@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfn import device, tree
+from vitfn import arguments, device, tree
 from vitfn.errors import InputError, RunError, one_line
 from vitfn.optim import Arithmetic, Columns, Number
 
@@ -90,20 +90,29 @@ class CompiledStep:
     `build(form, row)` makes the function for a form and a row of the table of devices, once for each shape of images.
     A form that fails at a first call is reported, and the next one takes over: exact, as long as nothing is written
     before all is compiled. With `fallback` false it raises RunError instead. `form` is the form in use (None before the
-    first call), `failures` what others died of.
+    first call), `failures` what others died of. Before a first call, which costs more anyway, `check(carry, batch)`
+    raises InputError for what is not a model's parameters or images.
     """
 
-    def __init__(self, build: Callable[[str, device.Device], Callable], compile: str, fallback: bool = True):
+    def __init__(
+        self,
+        build: Callable[[str, device.Device], Callable],
+        compile: str,
+        fallback: bool,
+        check: Callable[[Any, tuple], None],
+    ):
         if compile not in ("auto", *FORMS):
             raise InputError(f"compile: found {compile!r}, expected one of auto, {', '.join(FORMS)}")
         self.form: str | None = None
         self.failures: dict[str, str] = {}
-        self._build, self._requested, self._fallback = build, compile, fallback
+        self._build, self._requested, self._fallback, self._check = build, compile, fallback, check
         self._functions: dict[tuple, Callable] = {}
 
     def __call__(self, carry: Any, batch: tuple[Tensor, ...]) -> Any:
-        kind = (batch[0].shape, batch[0].device.type)
+        arguments.check_tensor("images", images := batch[0], "(B, C, H, W)")
+        kind = (images.shape, images.dtype, images.device.type)
         if kind not in self._functions:
+            self._check(carry, batch)
             return self._first_call(carry, batch, kind)
         return self._functions[kind](carry, batch)
 

@@ -1,6 +1,7 @@
 """What a model says of a batch: the eval step, beside its labels, and the predict step, of images alone."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from vitfn import losses, tree
 from vitfn.compile import CompiledStep, compiled
 from vitfn.config import ViTConfig
 from vitfn.device import Device
-from vitfn.logits import check, make_logits
+from vitfn.logits import check, check_input, make_logits
 from vitfn.losses import Loss
 from vitfn.meshes import ONE, Mesh, local
 from vitfn.step import Batch, Metrics
@@ -65,7 +66,7 @@ def make_eval_step(
 
         return eval_step
 
-    return CompiledStep(build, compile, compile_fallback)
+    return CompiledStep(build, compile, compile_fallback, partial(check_input, config, precision))
 
 
 def probabilities(logits: Tensor, multi_label: bool) -> Tensor:
@@ -103,4 +104,4 @@ def make_predict_step(
 
         return predict_step
 
-    return CompiledStep(build, compile, compile_fallback)
+    return CompiledStep(build, compile, compile_fallback, partial(check_input, config, precision))

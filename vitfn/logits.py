@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfn import layers
+from vitfn import arguments, layers, tree, vit
 from vitfn.compile import compiled
 from vitfn.config import ViTConfig
 from vitfn.device import Device
@@ -32,6 +32,16 @@ def check(precision: str, compile: str, sharded: Cuts, remat: str = "none") -> N
         raise InputError("compile=step: one graph cannot gather sharded parameters; expected block or off")
     if remat != "none" and compile == "step":
         raise InputError(f"compile=step: one graph by torch.func cannot do remat={remat}; expected block or off")
+
+
+def check_input(config: ViTConfig, precision: str, params: Any, batch: tuple[Any, ...]) -> None:
+    """Raises InputError for what is not the config's parameters, or a batch (images,) or (images, labels) for them."""
+    images, *labels = batch
+    vit.check(params, images, config)
+    if PRECISIONS[precision] is None and images.dtype not in {leaf.dtype for leaf in tree.leaves(params)}:
+        raise InputError(arguments.mixed_dtypes(params, images))
+    for found in labels:
+        arguments.check_labels(found, len(images))
 
 
 def _attention_recomputing_block(params, x, config, keys, taps, fused, branches, pooled):

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from vitfn.errors import InputError
 
 Schedule = Callable[[Tensor], Tensor]
 
@@ -12,6 +15,20 @@ Schedule = Callable[[Tensor], Tensor]
 def as_float(step: Tensor | int) -> Tensor:
     """A step as float32: 0-d where it is a number, else of its own shape."""
     return torch.as_tensor(step).to(torch.float32)
+
+
+def constant(rate: float) -> Schedule:
+    """The same rate at every step."""
+    return lambda step: torch.full_like(as_float(step), rate)
+
+
+def as_schedule(rate: Schedule | float) -> Schedule:
+    """A schedule as it is, a number as a constant one. Raises InputError for what is neither."""
+    if callable(rate):
+        return rate
+    if isinstance(rate, Real):
+        return constant(float(rate))
+    raise InputError(f"schedule: found {rate!r}, expected a number or a function of the step")
 
 
 def warmup_cosine(peak: float, total_steps: int, warmup_steps: int = 0) -> Schedule:

@@ -11,7 +11,7 @@ from vitfn.compile import CompiledStep, compiled, leaf_by_leaf
 from vitfn.config import ViTConfig
 from vitfn.device import Device
 from vitfn.errors import InputError
-from vitfn.logits import check, make_logits
+from vitfn.logits import check, check_input, make_logits
 from vitfn.losses import Loss
 from vitfn.meshes import ONE, Mesh, like, local
 from vitfn.optim import Optimizer, clipping, together, trained
@@ -223,4 +223,9 @@ def make_train_step(
 
         return train_step
 
-    return CompiledStep(build, compile, compile_fallback)
+    def check_call(state: TrainState, batch: Batch) -> None:
+        if not isinstance(state, TrainState):
+            raise InputError(f"state: found {type(state).__name__}, expected a vitfn.TrainState")
+        check_input(config, precision, state.params, batch)
+
+    return CompiledStep(build, compile, compile_fallback, check_call)

@@ -24,6 +24,7 @@ from vitfn import (
     optim,
     parallel,
     recipe,
+    rng,
     snapshot,
     summary,
     tree,
@@ -88,11 +89,17 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
     )
     settings = {name: value for name, value in fv.flag_values_dict().items() if name not in ("help", "h", "flagfile")}
     _check_unchanged(directory, settings)
-    described = weights.describe(fv.pretrained_dir) if fv.pretrained_dir else None
-    config = recipe.model(fv, described.config if described else None)
+    pretrained = weights.details(fv.pretrained_dir) if fv.pretrained_dir else None
+    config = recipe.model(fv, pretrained.description.config if pretrained else None)
     with ranks.first_alone():  # it may download
         dataset = load(
-            fv.dataset, fv.data_dir, fv.download, channels=fv.channels, val_fraction=fv.val_fraction, seed=fv.seed
+            fv.dataset,
+            fv.data_dir,
+            fv.download,
+            channels=fv.channels,
+            val_fraction=fv.val_fraction,
+            seed=fv.seed,
+            train_fraction=fv.train_fraction,
         )
     if (found := fv.train_batch_size) > (size := dataset.train.size):
         raise InputError(f"--train_batch_size: found {found}, expected at most the {size} images of {fv.dataset}")
@@ -123,7 +130,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
     )
     eval_step = make_eval_step(config, compile=fv.compile, **shared)
     state, parameters = TrainState(0, params, optimizer.init(mesh.updated(params))), tree.size(params)
-    notes: dict[str, Any] = {}  # what a checkpoint knows beside the state
+    notes: dict[str, Any] = {"rng": rng.VERSION}  # what a checkpoint knows beside the state
     del params  # the state has them, until it is donated
     predictions: list[Any] = []  # the last evaluation's, and where its images are
 
@@ -182,11 +189,13 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
             }
         )
 
-    _warn(fv, described)
+    _warn(fv, pretrained.assumed if pretrained else "")
     ranks.remember(made_here)
     with directory:
         if saved := directory.snapshots.latest(state) if resume else None:
             state, notes = saved
+            if int(state.step) < fv.num_steps:  # one that has ended draws nothing more
+                _check_random_numbers(directory, notes)
             log.info("going on after step %d", int(state.step))
         notes["model"] = {"config": dataclasses.asdict(config), "class_names": dataset.class_names}
         if not (finished := int(state.step) == fv.num_steps > 0):
@@ -260,9 +269,19 @@ def _check_unchanged(directory: RunDirectory, settings: dict[str, Any]) -> None:
         log.warning("the run was begun with torch %s, this is %s: its bits may differ", version, torch.__version__)
 
 
-def _warn(fv: FlagValues, described: weights.Description | None) -> None:
-    if described and not described.stated:
-        log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, weights.assumed(described.config))
+def _check_random_numbers(directory: RunDirectory, notes: dict[str, Any]) -> None:
+    """Refuses to go on with other random numbers than a run was begun with: its masks and batches would be others."""
+    if (found := notes.get("rng", 1)) != rng.VERSION:
+        weights_there = best if (best := directory.best_path).exists() else directory.snapshots.files()[0]
+        raise InputError(
+            f"--resume: found a run with random numbers of version {found}, expected {rng.VERSION}: finish it with the "
+            f"vitfn that began it, or start a new run from its weights with --pretrained_dir={weights_there}"
+        )
+
+
+def _warn(fv: FlagValues, assumed: str) -> None:
+    if assumed:
+        log.warning("%s: does not state its config; assumed %s", fv.pretrained_dir, assumed)
     if 0 < fv.num_steps < fv.warmup_steps:
         log.warning(
             "--warmup_steps=%d exceeds --num_steps=%d: the rate never reaches its peak", fv.warmup_steps, fv.num_steps

@@ -3,17 +3,19 @@
 B batch, C channels, P patch size, N tokens, D hidden size, R width of pre_logits, K classes.
 """
 
+import functools
 import math
 import re
 import zlib
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vitfn import layers, resnet, rng, tree
+from vitfn import arguments, layers, resnet, rng, tree
 from vitfn.config import ViTConfig
 from vitfn.errors import InputError
 from vitfn.tree import Tree
@@ -44,6 +46,21 @@ def shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     return tree.flatten(nested)
 
 
+@functools.lru_cache
+def _shape_tree(config: ViTConfig) -> Tree:
+    return tree.unflatten(shapes(config))
+
+
+def check(params: Tree, images: Tensor, config: ViTConfig) -> None:
+    """Raises InputError unless images (B, C, H, W) are of the config's size, and params have the leaves of `shapes`.
+
+    Where Dynamo traces, the tree is not checked.
+    """
+    arguments.check_images(images, config)
+    if not torch.compiler.is_dynamo_compiling():
+        arguments.check_params(params, config, _shape_tree(config))
+
+
 def _xavier_uniform(leaf: Tensor, generator: torch.Generator, inputs: int) -> Tensor:
     """Glorot and Bengio, 2010: U(-a, a), a = sqrt(6 / (inputs + outputs)) of the kernel seen as a matrix."""
     limit = math.sqrt(6 / (inputs + leaf.numel() // inputs))
@@ -54,6 +71,13 @@ def _lecun_normal(leaf: Tensor, generator: torch.Generator) -> Tensor:
     """LeCun et al., 1998, as JAX has it: a normal cut at two standard deviations, rescaled to variance 1 / inputs."""
     std = math.sqrt(leaf.shape[-1] / leaf.numel()) / 0.87962566103423978
     return torch.nn.init.trunc_normal_(leaf, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+
+def _big_vision_positions(leaf: Tensor, generator: torch.Generator, token: bool) -> Tensor:
+    """N(0, 1 / D), and for a class token -0.0, which changes nothing that it is added to."""
+    leaf.normal_(0, leaf.shape[-1] ** -0.5, generator=generator)
+    leaf[:, : int(token)] = -0.0
+    return leaf
 
 
 # Google's initialisers by path: the first pattern that matches the whole path decides.
@@ -71,14 +95,33 @@ _INITIALISERS: list[tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = [
 ]
 
 
-def init(config: ViTConfig, seed: int = 0, place: Callable[[str, Tensor], Tensor] = lambda path, leaf: leaf) -> Tree:
-    """Fresh float32 parameters on the CPU; each leaf is a function of (seed, path, shape) alone.
+def init(
+    config: ViTConfig,
+    seed: int = 0,
+    place: Callable[[str, Tensor], Tensor] = lambda path, leaf: leaf,
+    *,
+    init_head_bias: float = 0.0,
+    positions: Literal["google", "big_vision"] = "google",
+) -> Tree:
+    """Fresh float32 parameters on the CPU; each leaf is a function of (seed, path, shape) and of the options alone.
 
-    `place(path, leaf)` may put each one elsewhere, or keep a part of it, before the next is made.
+    `place(path, leaf)` may put each one elsewhere, or keep a part of it, before the next is made. The rest is what
+    big_vision does otherwise from scratch: `init_head_bias` fills the head's bias, so that a sigmoid loss begins small
+    (its configs have -6.9 for ImageNet-1k and -10 for ImageNet-21k); learned `positions` are N(0, 0.02^2) for every
+    token as 'google' has them, or N(0, 1 / D) as 'big_vision' does, which has none for a class token: that is -0.0.
+    Raises InputError for other positions, and for a bias where there is no head.
     """
+    if positions not in ("google", "big_vision"):
+        raise InputError(f"positions: found {positions!r}, expected google or big_vision")
+    if init_head_bias and not config.num_classes:
+        raise InputError(f"init_head_bias: found {init_head_bias}, expected 0 for a model without head")
+    initialisers = [("head/bias", lambda x, g: x.fill_(init_head_bias)), *_INITIALISERS]
+    if positions == "big_vision":
+        token = config.classifier == "token"
+        initialisers.insert(0, (".*/pos_embedding", lambda x, g: _big_vision_positions(x, g, token)))
 
     def leaf(path: str, shape: tuple[int, ...]) -> Tensor:
-        initialise = next(function for pattern, function in _INITIALISERS if re.fullmatch(pattern, path))
+        initialise = next(function for pattern, function in initialisers if re.fullmatch(pattern, path))
         generator = torch.Generator().manual_seed(rng.fold_in(rng.stream(seed, "init"), zlib.crc32(path.encode())))
         return initialise(torch.empty(shape), generator)
 
@@ -108,10 +151,6 @@ def positions(params: Tree, config: ViTConfig, like: Tensor) -> Tensor:
 
 def embed(params: Tree, images: Tensor, config: ViTConfig) -> Tensor:
     """Equation 1: patch embedding, class token first, plus position embedding: (B, C, H, W) -> (B, N, D)."""
-    if tuple(images.shape[1:]) != (config.channels, *config.image_hw):
-        raise InputError(
-            f"images: found shape {tuple(images.shape)}, expected (B, {config.channels}, *{config.image_hw})"
-        )
     P, (rows, columns) = config.patch_size, config.grid
     if config.resnet:
         images = resnet.stem(params, images, config.resnet)[:, :, : rows * P, : columns * P]
@@ -224,15 +263,23 @@ def apply(
     masks are a function of them and of `sample` (B,) int64, each image's place in the global batch (0 to B - 1 by
     default). With `capture`, a regular expression over whole names, the result is (logits, {name: tensor}); the names
     are `embedded`, for each block `encoderblock_0/weights` (B, H, N, N), `encoderblock_0/activations` (B, N, M) and
-    `encoderblock_0/tokens` (B, N, D), and `encoded`.
+    `encoderblock_0/tokens` (B, N, D), and `encoded`. Raises InputError for parameters that are not a tree of
+    the config's leaves, for images that are not the config's, and for dtypes that do not go together.
     """
+    check(params, images, config)
+    if (seed is None) != (step is None) or (seed is None and sample is not None):
+        given = {"seed": seed, "step": step, "sample": sample}
+        found = ", ".join(name for name, value in given.items() if value is not None)
+        raise InputError(f"seed, step: found {found} alone, expected both, which draw the dropout, or neither")
     keys = None
     if seed is not None and step is not None:
-        keys = dropout_keys(
-            config, seed, step, torch.arange(len(images), device=images.device) if sample is None else sample
-        )
-    if capture is None:
-        return forward(params, images, config, keys)
-    captured: Tree = {}
-    logits = forward(params, images, config, keys, captured)
-    return logits, tree.select(captured, capture)
+        places = torch.arange(len(images), device=images.device) if sample is None else sample
+        keys = dropout_keys(config, seed, step, places)
+    captured: Tree | None = None if capture is None else {}
+    try:
+        logits = forward(params, images, config, keys, captured)
+    except RuntimeError as error:
+        if "type" in str(error) and (wrong := arguments.mixed_dtypes(params, images)):
+            raise InputError(wrong) from error
+        raise
+    return logits if captured is None else (logits, tree.select(captured, str(capture)))

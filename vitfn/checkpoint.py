@@ -20,25 +20,15 @@ from vitfn import foreign, google
 from vitfn.archive import blaming
 from vitfn.beside import Beside, beside
 from vitfn.config import ViTConfig
-from vitfn.containers import File, open_file
+from vitfn.containers import open_file
 from vitfn.errors import InputError
 from vitfn.google import POSITIONS
 from vitfn.infer import few, grid, image_size, infer
 from vitfn.layout import Layout, Shape
 from vitfn.preprocessing import Preprocessing
+from vitfn.recognise import recognise
 from vitfn.vit import shapes
 
-_PREFIXES = ("", "params/", "params/img/", "opt/target/")  # of the model in Google's files, the likeliest first
-# Of several copies of a model in a file, the one that its owner's own code evaluates: timm's averaged weights, DINO's
-# teacher, I-JEPA's target; DeiT's and MoCo's own as they were trained.
-_PREFERRED = {
-    "state_dict_ema": -1,
-    "teacher": -1,
-    "target_encoder": -1,
-    "student": 1,
-    "model_ema": 1,
-    "momentum_encoder": 1,
-}
 _NAMED = 3  # arrays that an error names
 
 
@@ -76,8 +66,13 @@ class Checkpoint:
         if self.stated:
             return self.stated
         config = infer(self.found, self._known() | self._assume, self.path, self.arrays, self._class_slots)
-        self.compare(config)
+        self._fit(config)
         return config
+
+    def _fit(self, config: ViTConfig) -> None:
+        """Notes which model the arrays are of, if they fit it."""
+        self.compare(config)
+        self._slotless = self.lacks_class_slot(config)
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -114,7 +109,7 @@ class Checkpoint:
         return [path for path in self.found if path.endswith("/gamma")]
 
     def _recognise(self, subtree: str) -> None:
-        self.layout, self.prefix, self._others = _recognise(self.file, subtree, self.path)
+        self.layout, self.prefix, self._others = recognise(self.file, subtree, self.path)
         own = {name.removeprefix(self.prefix): name for name in self.file.shapes if name.startswith(self.prefix)}
         inside = {name: self.file.shapes[full] for name, full in own.items()}
         plain = {name: name for name in inside} if self._is_google else foreign.plain_names(inside)
@@ -157,18 +152,18 @@ class Checkpoint:
 
     @property
     def _class_slots(self) -> tuple[int, ...]:
-        """How many positions the class token may have: none in big_vision and DeiT-III, in most others one."""
-        if self._is_big_vision or self._like_deit_3:
+        """How many positions the class token may have: none in big_vision, in most others one, in DeiT-III either."""
+        if self._is_big_vision or self._beside.class_slot is False:
             return (0,)
-        stated = self._beside.class_slot
-        return (1, 0) if stated is None else (int(stated),)
+        return (1, 0) if self._like_deit_3 else (1,)
 
     @property
     def _like_deit_3(self) -> bool:
         """Whether LayerScale beside a square number of positions, of which the class token can have none, says so."""
         _, tokens, _ = positions if len(positions := self.found.get(POSITIONS, ())) == 3 else (1, 0, 0)
         squares = [math.isqrt(max(patches, 0)) ** 2 == patches for patches in (tokens - 1, tokens)]
-        return bool(self._gammas and self._beside.class_slot is None and squares == [False, True])
+        known = self.layout is not foreign.TIMM or self._beside.class_slot is not None
+        return bool(self._gammas and "cls" in self.found and not known and squares == [False, True])
 
     def _known(self) -> dict[str, Any]:
         """What files of this layout are known to have, and what is said beside this one."""
@@ -220,7 +215,7 @@ class Checkpoint:
         if target.posemb_resize is None:
             fields["posemb_resize"] = self.stated.posemb_resize if self.stated else self._known().get("posemb_resize")
         config = dataclasses.replace(target, **fields)
-        self.compare(config)
+        self._fit(config)
         return config
 
     def lacks_class_slot(self, config: ViTConfig) -> bool:
@@ -301,7 +296,7 @@ class Checkpoint:
             parts = left if len(left) <= _NAMED else parts
             count = "" if parts is left else f" ({len(left)} arrays)"
             said.append(f"{few(parts)}{count} ignored: no part of the model")
-        if not self.stated and self._like_deit_3:
+        if self._like_deit_3 and not self.stated and self._slotless:
             said.append("positions taken for those of a square grid, and none for the class token, as in DeiT-III")
         if self._gammas:
             said.append("LayerScale folded into the layer before it: the same function, up to rounding")
@@ -320,39 +315,6 @@ def split_path(path: str) -> tuple[str, str]:
     if match is None or os.path.exists(path):
         return path, ""
     return match[1], match[2].strip("/") + "/" if match[2].strip("/") else ""
-
-
-def _recognise(file: File, subtree: str, path: str) -> tuple[Layout, str, tuple[str, ...]]:
-    """The layout of a file's names, the prefix of those that are the model's, and those of other models like it."""
-    names = file.shapes
-    subtrees = (subtree, f"{subtree[:-1]}.", f"params/{subtree}", f"opt/target/{subtree}")
-    root = next((root for root in subtrees if any(name.startswith(root) for name in names)), None) if subtree else ""
-    candidates: list[tuple[int, Layout, str, list[str]]] = []
-    for layout in (google.ORIGINAL, *foreign.LAYOUTS, *foreign.READ_ONLY):
-        anchors = (re.fullmatch(layout.anchor, name) for name in names if root is not None and name.startswith(root))
-        prefixes = {root + match[1].removeprefix(root) for match in anchors if match and root is not None}
-        if prefixes:
-            prefix, *others = sorted(prefixes, key=lambda found: _rank(found.removeprefix(root or "")))
-            known = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
-            count = sum(bool(layout.paths(name, names[prefix + name])) for name in known)
-            candidates.append((count, layout, prefix, others))
-    if not candidates:
-        listed, where = few(names), f" under {subtree}" if subtree else ""
-        keys = {name.partition("/")[0] for name in names if file.kind == "torch" and "/" in name}
-        listed = listed if not keys or subtree else f"under the keys {few(keys, 5)}: {listed}"
-        raise InputError(f"{path}: found arrays ({listed}) that are not a plain Vision Transformer's{where}")
-    _, layout, prefix, others = max(candidates, key=lambda candidate: candidate[0])
-    if layout is google.ORIGINAL:
-        layout = google.which({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
-        others = []  # of an optimizer, whose tree has the same names
-    return layout, prefix, tuple(others)
-
-
-def _rank(prefix: str) -> tuple[int, int, int, str]:
-    """Which of several models in a file comes first: Google's, then by `_PREFERRED`, then the one on top."""
-    words = re.split(r"[./]", prefix)
-    place = _PREFIXES.index(prefix) if prefix in _PREFIXES else len(_PREFIXES)
-    return place, sum(_PREFERRED.get(word, 0) for word in words), len(words), prefix
 
 
 def stored_shape(layout: Layout, leaves: Mapping[str, Shape]) -> Shape:

@@ -17,7 +17,7 @@ def infer(
     fields: Mapping[str, Any],
     path: str,
     names: Iterable[str],
-    class_slots: tuple[int, ...] = (1, 0),
+    class_slots: tuple[int, ...] = (1,),
 ) -> ViTConfig:
     """The config of a model with leaves of these shapes, by path; `fields` are known otherwise and come first.
 
@@ -72,24 +72,24 @@ def grid(
     found: Mapping[str, Shape],
     has_class: bool,
     path: str,
-    class_slots: tuple[int, ...] = (1, 0),
+    class_slots: tuple[int, ...] = (1,),
     target: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """The (rows, columns) of patches that position embeddings are for: a square, or of the ratio of a `target` grid.
 
-    `class_slots` are how many positions a class token may have, 1 or 0, the likelier first. Where both may be, it has
-    one: without, every grid of (k - 1) x (k + 1) patches would pass for k x k. Raises InputError where none fits.
+    `class_slots` are how many positions a class token may have: 1, 0 or either. Where that is not known it has one:
+    without, every grid of (k - 1) x (k + 1) patches would pass for k x k. Raises InputError where none fits.
     """
     _, tokens, _ = found[POSITIONS]
     if target and tokens - math.prod(target) in ((1, 0) if has_class else (0,)):
         return target
     for slots in class_slots if has_class else (0,):
-        patches, doubtful = tokens - slots, has_class and slots == 0 and len(class_slots) > 1
-        side = math.isqrt(max(patches, 0))
-        if side and side * side == patches and not doubtful:
+        patches = max(tokens - slots, 0)
+        side = math.isqrt(patches)
+        if side and side * side == patches:
             return side, side
-        if target and target[0] != target[1] and not doubtful:
-            rows = math.isqrt(max(patches * target[0] // target[1], 0))
+        if target and target[0] != target[1]:
+            rows = math.isqrt(patches * target[0] // target[1])
             if rows and rows * rows * target[1] == patches * target[0] and patches % rows == 0:
                 return rows, patches // rows
     known = f"{tokens} positions" + (", of which the class token may have one" if has_class else "")

@@ -1,6 +1,7 @@
 """JSON files beside weights, as timm and transformers write them and as people change them: followed, or said."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -264,6 +265,27 @@ def test_the_preprocessing_is_kept_in_files_that_vitfn_writes(file, tmp_path):
         assert convert.main(["convert", str(path), str(tmp_path / name)]) == 0
         assert weights.details(tmp_path / name).preprocessing == Preprocessing(0.9, "bicubic")
         path = tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"fraction": 1e-9}, {"fraction": "x"}, {"interpolation": "lanczos"}, {"down": 5}, {"other": 1}, [1]],
+    ids=str,
+)
+def test_a_preprocessing_that_no_vitfn_writes_is_refused(tmp_path, said):
+    vitfn.save(path := tmp_path / "a.npz", vitfn.init(CONFIG), CONFIG)
+    with zipfile.ZipFile(path, "a") as archive:
+        comment = json.loads(archive.comment)
+        comment["vitfn"]["preprocessing"] = said
+        archive.comment = json.dumps(comment).encode()
+    with pytest.raises(InputError, match="found no description of a model that this version can read"):
+        weights.details(path)
+
+
+def test_a_grey_model_of_a_family_with_colours_gets_their_average(file):
+    grey = vitfn.ViTConfig(**{**vars(CONFIG), "channels": 1})
+    found = weights.describe(file("torchvision", grey)).config
+    assert (found.channels, found.mean, found.std) == (1, pytest.approx(0.449), pytest.approx(0.226))
 
 
 # A folder of the hub, and its shards

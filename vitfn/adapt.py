@@ -97,10 +97,11 @@ def with_channels(config: ViTConfig, channels: int) -> ViTConfig:
     """The model of other input channels, of which all are normalised alike."""
     if channels == config.channels:
         return config
-    return dataclasses.replace(config, channels=channels, mean=_average(config.mean), std=_average(config.std))
+    return dataclasses.replace(config, channels=channels, mean=average(config.mean), std=average(config.std))
 
 
-def _average(values: float | tuple[float, ...]) -> float:
+def average(values: float | tuple[float, ...]) -> float:
+    """One number for all channels."""
     return sum(values) / len(values) if isinstance(values, tuple) else values
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitfn import foreign, google
+from vitfn.adapt import average
 from vitfn.archive import blaming
 from vitfn.beside import Beside, beside
 from vitfn.config import ViTConfig
@@ -25,7 +26,7 @@ from vitfn.errors import InputError
 from vitfn.google import POSITIONS
 from vitfn.infer import few, grid, image_size, infer
 from vitfn.layout import Layout, Shape
-from vitfn.preprocessing import Preprocessing
+from vitfn.preprocessing import Preprocessing, checked
 from vitfn.recognise import recognise
 from vitfn.vit import shapes
 
@@ -81,7 +82,7 @@ class Checkpoint:
             return self._beside.preprocessing
         with _describing(self.path):
             said = comment["vitfn"].get("preprocessing")
-            return Preprocessing(**said) if said else None
+            return checked(Preprocessing(**said)) if said else None
 
     @property
     def assumed(self) -> str:
@@ -169,7 +170,10 @@ class Checkpoint:
         """What files of this layout are known to have, and what is said beside this one."""
         if self._is_google:
             return {"posemb": "sincos2d"} if self._is_big_vision and POSITIONS not in self.found else {}
-        return self.layout.assumed | self._family | self._beside.fields
+        assumed = self.layout.assumed | self._family
+        if self.found.get("embedding/kernel", ())[2:3] != (3,):  # whose colours are not those that were averaged over
+            assumed |= {name: average(assumed[name]) for name in ("mean", "std") if name in assumed}
+        return assumed | self._beside.fields
 
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, where the file or one beside it states them."""

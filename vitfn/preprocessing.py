@@ -20,6 +20,14 @@ class Preprocessing(NamedTuple):
     down: bool = False
 
 
+def checked(found: Preprocessing) -> Preprocessing:
+    """The same, or ValueError: a file says it."""
+    _fraction(found.fraction)
+    if found.interpolation not in INTERPOLATIONS or not all(isinstance(flag, bool) for flag in found[2:]):
+        raise ValueError(f"found {found}, expected one of {', '.join(INTERPOLATIONS)}, and true or false")
+    return found
+
+
 class Stated(NamedTuple):
     """What a file says: mean and std as fields of the config, the preprocessing, a line for what is not followed."""
 

@@ -28,6 +28,7 @@ from vitfn.compile import trace_einops
 from vitfn.config import ViTConfig
 from vitfn.errors import InputError, RunError
 from vitfn.files import replacing
+from vitfn.preprocessing import Preprocessing
 from vitfn.tree import Tree
 from vitfn.vit import apply, shapes
 
@@ -50,7 +51,7 @@ def command(fv: FlagValues, model: str, out: str) -> None:
         raise InputError(f"{out}: found the suffix {suffix or 'none'}, expected .onnx or .pt2")
     if not os.access(folder := Path(out).parent, os.W_OK):
         raise InputError(f"{out}: found no folder {folder} that can be written to, expected one: make it first")
-    described, dtype = weights.describe(path), getattr(torch, fv.precision)
+    (described, preprocessing, _), dtype = weights.details(path), getattr(torch, fv.precision)
     batch = None if fv.batch == "dynamic" else fv.batch
     if suffix == ".onnx":
         _check_size(described.config, out)
@@ -60,7 +61,7 @@ def command(fv: FlagValues, model: str, out: str) -> None:
         params = weights.load(path)
         _next(bar, "tracing")
         if suffix == ".onnx":
-            data = to_onnx(params, described.config, described.class_names, fv.opset, batch, dtype)
+            data = to_onnx(params, described.config, described.class_names, fv.opset, batch, dtype, preprocessing)
         else:
             data = to_program(params, described.config, batch, dtype)
         _next(bar, "checking")
@@ -89,11 +90,13 @@ def to_onnx(
     opset: int = 12,
     batch: int | None = 1,
     dtype: torch.dtype = torch.float32,
+    preprocessing: Preprocessing | None = None,
 ) -> bytes:
     """`apply` as an ONNX model, the same bytes each time; `batch` None takes any number of images.
 
-    The file says how to preprocess, as JSON in its metadata: image_size (height, width), and mean and std, for pixels
-    in [0, 1]; and class_names. float16 holds for inputs and outputs too. Needs onnx, for float16 onnxconverter_common.
+    The file says how to preprocess, as JSON in its metadata: image_size (height, width), mean and std, for pixels in
+    [0, 1], and the `preprocessing` if there is one; and class_names. float16 holds for inputs and outputs too. Needs
+    onnx, for float16 onnxconverter_common.
     """
     onnx = _optional("onnx", "write ONNX")
     buffer = io.BytesIO()
@@ -118,7 +121,7 @@ def to_onnx(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that numbers below 1e-7 are rounded
             proto = float16.convert_float_to_float16(proto, op_block_list=kept)
-    onnx.helper.set_model_props(proto, _metadata(config, class_names))
+    onnx.helper.set_model_props(proto, _metadata(config, class_names, preprocessing))
     onnx.checker.check_model(proto)
     return proto.SerializeToString(deterministic=True)
 
@@ -189,7 +192,9 @@ class _OldFunctions(TorchFunctionMode):
         return result
 
 
-def _metadata(config: ViTConfig, class_names: tuple[str, ...] | None) -> dict[str, str]:
+def _metadata(
+    config: ViTConfig, class_names: tuple[str, ...] | None, preprocessing: Preprocessing | None
+) -> dict[str, str]:
     def each(value: float | tuple[float, ...]) -> list[float]:
         return list(value) if isinstance(value, tuple) else [value] * config.channels
 
@@ -198,6 +203,7 @@ def _metadata(config: ViTConfig, class_names: tuple[str, ...] | None) -> dict[st
         "image_size": config.image_hw,
         "mean": each(config.mean),
         "std": each(config.std),
+        **({"preprocessing": preprocessing._asdict()} if preprocessing else {}),
         **({"class_names": class_names} if class_names else {}),
     }
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import vitfn
 from vitfn import export, tree, weights
+from vitfn.preprocessing import Preprocessing
 
 TOKEN = str(REFERENCE / "token.npz")
 FAMILIES = {
@@ -157,7 +158,9 @@ def test_the_operators_are_these_so_that_a_new_one_is_a_decision(onnx, name, ops
 
 def test_the_file_is_the_same_each_time_and_says_how_to_preprocess(onnx):
     config = dataclasses.replace(SMALL, mean=(0.1, 0.2, 0.3), image_size=(16, 40))
-    first, second = (export.to_onnx(model(config), config, tuple("abcdefghij")) for _ in range(2))
+    crop = Preprocessing(0.9, "bicubic")
+    names = tuple("abcdefghij")
+    first, second = (export.to_onnx(model(config), config, names, preprocessing=crop) for _ in range(2))
     assert first == second
     proto = onnx.load_model_from_string(first)
     said = {entry.key: entry.value for entry in proto.metadata_props}
@@ -166,6 +169,7 @@ def test_the_file_is_the_same_each_time_and_says_how_to_preprocess(onnx):
         "image_size": [16, 40],
         "mean": [0.1, 0.2, 0.3],
         "std": [0.5] * 3,
+        "preprocessing": {"fraction": 0.9, "interpolation": "bicubic", "keep_ratio": True, "down": False},
         "class_names": list("abcdefghij"),
     }
     assert [value.name for value in (*proto.graph.input, *proto.graph.output)] == ["input", "output"]

@@ -275,7 +275,8 @@ def test_what_cannot_be_done_is_one_line_and_no_file(tmp_path, capsys, monkeypat
 
 def test_two_gigabytes_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
     config = vitfn.get_config("H/14")
-    monkeypatch.setattr(weights, "describe", lambda path: weights.Description(config, None, True))
+    found = weights.Details(weights.Description(config, None, True), None, "")
+    monkeypatch.setattr(weights, "details", lambda path: found)
     monkeypatch.setattr(weights, "load", None)
     code, out, err = run(capsys, TOKEN, tmp_path / "a.onnx", "--precision=float16")
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -141,7 +141,7 @@ class Mesh:
         group = self.grid.get_group("shard")
         parts = part.new_empty(group.size(), *part.shape)
         with self.ranks.together():
-            work = _all_gather(parts.flatten(0, 1), part.contiguous(), group=group, async_op=True)
+            work: Any = _all_gather(parts.flatten(0, 1), part.contiguous(), group=group, async_op=True)
 
         def finish() -> Tensor:
             with self.ranks.together():
@@ -156,7 +156,7 @@ class Mesh:
         parts = leaf.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
         part = torch.empty_like(parts[0])
         with self.ranks.together():
-            work = _reduce_scatter(part, parts.flatten(0, 1), group=group, async_op=True)
+            work: Any = _reduce_scatter(part, parts.flatten(0, 1), group=group, async_op=True)
 
         def wait() -> None:
             with self.ranks.together():

@@ -94,6 +94,7 @@ if os.environ.get("TORCH_SDAA_AUTOLOAD") == "cuda_migrate":
         if not name.startswith("__"):
             setattr(torch.cuda, name, getattr(torch.sdaa, name))
     torch.cuda.get_device_capability = lambda device=None: (0, 0)  # torch 2.7.1's Dynamo compares it
+    torch.cuda.is_current_stream_capturing = lambda: False  # 2.15's asks; a CUDA build without a driver raises
 
 if operators := os.environ.get("SIMULATED_SDAA_OPERATORS"):
 

@@ -136,6 +136,7 @@ def registry() -> list[str]:
     return [name for module in modules for name in timm.list_models(module=module) if "_clip_" not in name]
 
 
+@pytest.mark.slow
 def test_what_arrays_cannot_show_of_timm_s_architectures_is_known(tmp_path):
     """Of every architecture that vitfn reads, with the config.json that timm writes: heads, GELU, pooling and size."""
     wrong, read = [], 0

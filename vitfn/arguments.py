@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitfn import tree
 from vitfn.config import ViTConfig
-from vitfn.errors import InputError
+from vitfn.errors import InputError, few
 
 _NAMED = 3  # leaves that an error names
 
@@ -77,14 +77,14 @@ def _difference(params: Any, wanted: Mapping[str, tuple[int, ...]]) -> str:
         return "found {'params': ...}, expected the tree in it: params['params']"
     found = tree.flatten(params)
     if missing := [path for path in wanted if path not in found]:
-        return f"found no {_listed(missing)}, expected the leaves of vitfn.shapes(config)"
+        return f"found no {few(missing)}, expected the leaves of vitfn.shapes(config)"
     if extra := [path for path in found if path not in wanted]:
-        return f"found {_listed(extra)}, expected no leaves but those of vitfn.shapes(config)"
+        return f"found {few(extra)}, expected no leaves but those of vitfn.shapes(config)"
     if others := [path for path, leaf in found.items() if not isinstance(leaf, Tensor)]:
-        return f"found {_kind(found[others[0]])} at {_listed(others)}, expected torch.Tensor: torch.as_tensor makes it"
+        return f"found {_kind(found[others[0]])} at {few(others)}, expected torch.Tensor: torch.as_tensor makes it"
     if others := [path for path in wanted if found[path].shape != wanted[path]]:
         shapes = [f"{path} of shape {tuple(found[path].shape)}" for path in others]
-        return f"found {_listed(shapes)}, expected {', '.join(str(wanted[path]) for path in others[:_NAMED])}"
+        return f"found {few(shapes)}, expected {', '.join(str(wanted[path]) for path in others[:_NAMED])}"
     return "found a flat dict, expected a nested one: vitfn.tree.unflatten(params)"
 
 
@@ -94,14 +94,8 @@ def mixed_dtypes(params: Mapping[str, Any], images: Tensor) -> str:
     if images.dtype not in (dtypes := list(dict.fromkeys(leaf.dtype for leaf in found.values()))):
         return f"images: found {images.dtype}, expected the parameters' {' or '.join(map(str, dtypes))}"
     if others := [path for path, leaf in found.items() if leaf.dtype != images.dtype]:
-        return f"params: found {found[others[0]].dtype} at {_listed(others)}, expected the images' {images.dtype}"
+        return f"params: found {found[others[0]].dtype} at {few(others)}, expected the images' {images.dtype}"
     return ""
-
-
-def _listed(names: list[str]) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _kind(found: Any) -> str:

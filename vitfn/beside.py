@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from vitfn import preprocessing
 from vitfn.errors import InputError
+from vitfn.google import POSITIONS
+from vitfn.infer import depth, pooling
 from vitfn.layout import Layout, Shape
 from vitfn.preprocessing import Preprocessing, Stated
 
@@ -110,13 +112,12 @@ def _sizes(found: Mapping[str, Shape]) -> dict[str, int]:
     outputs = found.get("Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel", ())
     if "conv_root/kernel" in found or len(kernel) != 4 or len(outputs) != 2:
         return {}
-    blocks = {path.split("/")[1] for path in found if path.startswith("Transformer/encoderblock_")}
     return {
         "patch_size": kernel[0],
         "channels": kernel[2],
         "hidden_size": kernel[3],
         "mlp_dim": outputs[1],
-        "num_layers": len(blocks),
+        "num_layers": depth(found),
     }
 
 
@@ -151,7 +152,7 @@ def _of_timm(path: str, config: Mapping[str, Any], arguments: Mapping[str, Any],
         fields["num_heads"] = arguments["num_heads"]
     if arguments.get("act_layer") is not None:
         fields["gelu"] = _gelu(path, "act_layer", arguments["act_layer"])
-    has = "token" if "cls" in found else "map" if "MAPHead_0/probe" in found else "gap"
+    has = pooling(found)
     pool = arguments.get("global_pool", config.get("global_pool"))
     if pool and _POOLS.get(pool) != has:
         what = {"token": "a class token", "map": "an attention head", "gap": "neither class token nor attention head"}
@@ -162,9 +163,9 @@ def _of_timm(path: str, config: Mapping[str, Any], arguments: Mapping[str, Any],
     if arguments.get("img_size") is not None:
         fields["image_size"] = arguments["img_size"]
     elif isinstance(size := cfg.get("input_size"), list) and len(size) == 3 and size[1:]:
-        fields["image_size"] = size[1:]
-        if not _fits(size[1:], found):  # of the first weights, not of these
-            del fields["image_size"]
+        if _fits(size[1:], found):
+            fields["image_size"] = size[1:]
+        else:  # of the first weights, not of these
             said += (f"config.json: input_size {size} not followed: the file's positions are of another",)
     fields, more = _fitting(fields, found)
     classes, stated = (found.get("head/bias") or (0,))[0], arguments.get("num_classes", config.get("num_classes"))
@@ -187,7 +188,7 @@ def _image_hw(fields: Mapping[str, Any], found: Mapping[str, Shape]) -> tuple[in
     if (size := fields.get("image_size")) is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return height, width
-    patch, tokens = _sizes(found).get("patch_size", 1), found["Transformer/posembed_input/pos_embedding"][1]
+    patch, tokens = _sizes(found).get("patch_size", 1), found[POSITIONS][1]
     side = int(tokens**0.5) * patch
     return side, side
 
@@ -198,7 +199,7 @@ def _fits(size: Any, found: Mapping[str, Shape]) -> bool:
     if not patch:
         return True
     patches = (size[0] // patch) * (size[1] // patch)
-    return found["Transformer/posembed_input/pos_embedding"][1] - patches in (0, 1)
+    return found[POSITIONS][1] - patches in (0, 1)
 
 
 def _fitting(fields: dict[str, Any], found: Mapping[str, Shape]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -22,9 +22,9 @@ from vitfn.archive import blaming
 from vitfn.beside import Beside, beside
 from vitfn.config import ViTConfig
 from vitfn.containers import open_file
-from vitfn.errors import InputError
+from vitfn.errors import InputError, few
 from vitfn.google import POSITIONS
-from vitfn.infer import few, grid, image_size, infer
+from vitfn.infer import grid, image_size, infer
 from vitfn.layout import Layout, Shape
 from vitfn.preprocessing import Preprocessing, checked
 from vitfn.recognise import recognise
@@ -299,7 +299,7 @@ class Checkpoint:
             parts = list(dict.fromkeys("decoder" if word.startswith("decoder") else word for word in words))
             parts = left if len(left) <= _NAMED else parts
             count = "" if parts is left else f" ({len(left)} arrays)"
-            said.append(f"{few(parts)}{count} ignored: no part of the model")
+            said.append(f"{few(sorted(parts))}{count} ignored: no part of the model")
         if self._like_deit_3 and not self.stated and self._slotless:
             said.append("positions taken for those of a square grid, and none for the class token, as in DeiT-III")
         if self._gammas:

@@ -1,5 +1,7 @@
 """The exceptions that mean: what is at fault is the input, or the world, not the program."""
 
+from collections.abc import Sequence
+
 
 class RunError(RuntimeError):
     """A run cannot go on, though its input is right: no space, numbers that are not finite. One line, exit code 1."""
@@ -18,6 +20,11 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(printable(" ".join(message.splitlines())))
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_line(text: object, most: int | None = None) -> str:

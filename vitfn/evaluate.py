@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vitfn import device, figures, flags, metrics, recipe, tree, weights
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
-from vitfn.data import Files, Split, load
+from vitfn.data import Files, Split
 from vitfn.data.augment import normalise
 from vitfn.data.batches import evaluation_batches
 from vitfn.data.crops import resize
@@ -103,15 +103,7 @@ def command(fv: FlagValues, model: str) -> None:
     described, preprocessing, _ = weights.details(path)
     row = device.find(fv.device)
     precision = device.resolved_precision(row, fv.precision)
-    dataset = load(
-        fv.dataset,
-        fv.data_dir,
-        fv.download,
-        channels=described.config.channels,
-        val_fraction=fv.val_fraction,
-        seed=run.get("seed", 42),
-        train_fraction=fv.train_fraction,
-    )
+    dataset = recipe.dataset(fv, described.config.channels, run.get("seed", 42))
     config = described.config
     chosen = joined(dataset) if fv.split == "all" else getattr(dataset, fv.split)
     if dataset.test.channels != config.channels:

@@ -191,8 +191,8 @@ def _timm() -> Layout:
 
 def _hugging_face(name: str, table: dict[str, str], **assumed: Any) -> Layout:
     """The base model's names, under a prefix of their own ('vit.') where there is a classifier beside it."""
-    kernel = "patch_embedding" if table is _HUGGING_FACE_SIGLIP else "patch_embeddings.projection"
-    anchor = rf"((?:.*[./])??)(?:\w+\.)?embeddings\.{re.escape(kernel)}\.weight"
+    (kernel,) = (own.replace("*", "weight") for own, canonical in table.items() if canonical == "embedding/*")
+    anchor = rf"((?:.*[./])??)(?:\w+\.)?{re.escape(kernel)}"
     layout = _layout(name, anchor, table, ignored=_MASKS, **assumed)
 
     def paths(name: str, shape: Shape) -> tuple[str, ...]:
@@ -236,7 +236,7 @@ def family(layout: Layout, prefix: str, found: Mapping[str, Shape], names: Colle
     chunked = any(re.match(r"blocks\.\d+\.\d+\.", name) for name in names)
     if chunked or "mask_token" in names or not {"teacher", "student"}.isdisjoint(words):  # Meta's DINO and DINOv2
         return {"posemb_resize": "bicubic_offset", **IMAGENET}
-    if words[0] == "model" and prefix.startswith("model/"):  # DeiT
+    if prefix.startswith("model/"):  # DeiT
         return {"posemb_resize": "bicubic", **IMAGENET}
     scaled = any(path.endswith("/gamma") for path in found)
     return IMAGENET if scaled and "cls" in found else {}  # timm's copies of DINOv2 and DeiT-III

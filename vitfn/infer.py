@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vitfn.config import VARIANTS, ResNetConfig, ViTConfig, get_config, model_names
-from vitfn.errors import InputError
+from vitfn.errors import InputError, few
 from vitfn.google import POSITIONS
 from vitfn.layout import Shape
 
@@ -30,9 +30,9 @@ def infer(
         sizes: dict[str, Any] = {
             "patch_size": patch_size,
             "hidden_size": hidden_size,
-            "num_layers": len({name.split("/")[1] for name in found if name.startswith("Transformer/encoderblock_")}),
+            "num_layers": depth(found),
             "mlp_dim": found[f"{_BLOCK}/MlpBlock_3/Dense_0/kernel"][1],
-            "classifier": "token" if "cls" in found else "map" if "MAPHead_0/probe" in found else "gap",
+            "classifier": pooling(found),
             "resnet": _stem(found),
         }
         sizes["num_heads"] = fields.get("num_heads") or _heads(found, hidden_size, path)
@@ -49,17 +49,23 @@ def infer(
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, OverflowError):
-        raise InputError(f"{path}: found arrays ({few(names)}) that are not a plain Vision Transformer's") from None
+        raise InputError(
+            f"{path}: found arrays ({few(sorted(names))}) that are not a plain Vision Transformer's"
+        ) from None
     try:
         return ViTConfig(**(_published(sizes) | sizes | dict(fields)))
     except (InputError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def few(names: Iterable[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    first = sorted(names)
-    return ", ".join(first[:most]) + (f" and {len(first) - most} more" if first[most:] else "")
+def pooling(found: Mapping[str, Shape]) -> str:
+    """How the tokens become one, a ViTConfig's `classifier`, by the leaves that are there."""
+    return "token" if "cls" in found else "map" if "MAPHead_0/probe" in found else "gap"
+
+
+def depth(found: Mapping[str, Shape]) -> int:
+    """The number of encoder blocks."""
+    return len({path.split("/")[1] for path in found if path.startswith("Transformer/encoderblock_")})
 
 
 def image_size(rows: int, columns: int, patch_size: int, resnet: ResNetConfig | None) -> int | tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitfn import device, meshes, optim, plan, schedules, vit
 from vitfn.adapt import with_channels
 from vitfn.config import ViTConfig, get_config
+from vitfn.data import Dataset, load
 from vitfn.data.augment import Augmentation
 from vitfn.data.crops import resize, resize_and_crop
 from vitfn.device import Device
@@ -204,6 +205,19 @@ def fit_for_evaluation(
     if not fv.eval_crop:
         return partial(resize, size=config.image_hw)
     return partial(resize_and_crop, size=config.image_hw, fraction=fv.eval_crop, interpolation=fv.eval_interpolation)
+
+
+def dataset(fv: FlagValues, channels: int, seed: int) -> Dataset:
+    """The dataset that the flags name, with images of so many channels, split by the run's seed."""
+    return load(
+        fv.dataset,
+        fv.data_dir,
+        fv.download,
+        channels=channels,
+        val_fraction=fv.val_fraction,
+        seed=seed,
+        train_fraction=fv.train_fraction,
+    )
 
 
 def for_data(config: ViTConfig, num_classes: int, channels: int) -> ViTConfig:

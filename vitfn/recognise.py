@@ -4,8 +4,7 @@ import re
 
 from vitfn import foreign, google
 from vitfn.containers import File
-from vitfn.errors import InputError
-from vitfn.infer import few
+from vitfn.errors import InputError, few
 from vitfn.layout import Layout
 
 _PREFIXES = ("", "params/", "params/img/", "opt/target/")  # of the model in Google's files, the likeliest first
@@ -36,9 +35,9 @@ def recognise(file: File, subtree: str, path: str) -> tuple[Layout, str, tuple[s
             count = sum(bool(layout.paths(name, names[prefix + name])) for name in known)
             candidates.append((count, layout, prefix, others))
     if not candidates:
-        listed, where = few(names), f" under {subtree}" if subtree else ""
+        listed, where = few(sorted(names)), f" under {subtree}" if subtree else ""
         keys = {name.partition("/")[0] for name in names if file.kind == "torch" and "/" in name}
-        listed = listed if not keys or subtree else f"under the keys {few(keys, 5)}: {listed}"
+        listed = listed if not keys or subtree else f"under the keys {few(sorted(keys), 5)}: {listed}"
         raise InputError(f"{path}: found arrays ({listed}) that are not a plain Vision Transformer's{where}")
     _, layout, prefix, others = max(candidates, key=lambda candidate: candidate[0])
     if layout is google.ORIGINAL:

@@ -33,10 +33,10 @@ from vitfn import (
 )
 from vitfn.command import run_command
 from vitfn.config import ViTConfig
-from vitfn.data import Files, Split, load
+from vitfn.data import Files, Split
 from vitfn.data.augment import augment, crop
 from vitfn.data.batches import training_batches
-from vitfn.errors import InputError
+from vitfn.errors import InputError, few
 from vitfn.eval_step import make_eval_step
 from vitfn.evaluate import evaluate
 from vitfn.fit import Job, Plan, fit
@@ -52,7 +52,6 @@ from vitfn.tree import Tree
 _FREE = ("help", "h", "flagfile", "resume", "output_dir", "data_dir", "download", "num_workers", "keep_checkpoints",
          "checkpoint_every", "report", "tensorboard", "tcap_log", "mesh", "placement", "timeout",
          "remat")  # fmt: skip
-_NAMED = 3  # leaves that an error names
 log = logging.getLogger("vitfn")
 
 
@@ -92,15 +91,7 @@ def _train(fv: FlagValues, row: device.Device, mesh: Mesh) -> int:
     pretrained = weights.details(fv.pretrained_dir) if fv.pretrained_dir else None
     config = recipe.model(fv, pretrained.description.config if pretrained else None)
     with ranks.first_alone():  # it may download
-        dataset = load(
-            fv.dataset,
-            fv.data_dir,
-            fv.download,
-            channels=fv.channels,
-            val_fraction=fv.val_fraction,
-            seed=fv.seed,
-            train_fraction=fv.train_fraction,
-        )
+        dataset = recipe.dataset(fv, fv.channels, fv.seed)
     if (found := fv.train_batch_size) > (size := dataset.train.size):
         raise InputError(f"--train_batch_size: found {found}, expected at most the {size} images of {fv.dataset}")
     config = recipe.for_data(config, len(dataset.class_names), dataset.train.channels)
@@ -314,11 +305,7 @@ def _explain(state: TrainState, batch: Batch, config: ViTConfig, loss: losses.Lo
 
     def named(leaves: Tree, what: str) -> str:
         bad = [path for path, leaf in tree.flatten(leaves).items() if not torch.linalg.vector_norm(leaf).isfinite()]
-        return (
-            f"{what} of {', '.join(bad[:_NAMED])}" + (f" and {len(bad) - _NAMED} more" if bad[_NAMED:] else "")
-            if bad
-            else ""
-        )
+        return f"{what} of {few(bad)}" if bad else ""
 
     images, labels = batch
     grads, _ = grad_and_value(lambda params: loss(vit.apply(params, images, config), labels).mean())(params)

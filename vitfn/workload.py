@@ -11,7 +11,6 @@ from absl.flags import FlagValues
 from vitfn import device, flops, recipe, train, tree, vit
 from vitfn.compile import CompiledStep
 from vitfn.config import ViTConfig
-from vitfn.data import load
 from vitfn.eval_step import make_eval_step
 from vitfn.logits import PRECISIONS
 from vitfn.meshes import ONE
@@ -121,15 +120,7 @@ def evaluating(work: Workload, params: Tree, batch: Batch) -> tuple[Call, Compil
 def training_batches(work: Workload) -> Iterator[Batch]:
     """The dataset's, as vitfn.train makes them, without end."""
     fv = work.fv
-    dataset = load(
-        fv.dataset,
-        fv.data_dir,
-        fv.download,
-        channels=fv.channels,
-        val_fraction=fv.val_fraction,
-        seed=fv.seed,
-        train_fraction=fv.train_fraction,
-    )
+    dataset = recipe.dataset(fv, fv.channels, fv.seed)
     config = recipe.for_data(work.config, len(dataset.class_names), dataset.train.channels)
     fv["num_steps"].value = sys.maxsize
     return train._batches(fv, dataset.train.to(work.row.name), config, work.row.name, ALONE, 0)
